@@ -1,0 +1,233 @@
+#include "../estimates.h"
+#include "kernels.h"
+#include "tiles.h"
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+// fastsn::scale and fastsn::scale_backward on the CPU.
+namespace fastsn {
+namespace {
+
+// Elements handled at a time in the backward: a block stays in the first-level cache while the
+// outer products of all estimates are added to it.
+constexpr int64_t kBlock = 2048;
+
+std::vector<Tile> cut_flat(at::TensorList tensors, int64_t& total) {
+  std::vector<Tile> tiles;
+  total = 0;
+  for (size_t l = 0; l < tensors.size(); ++l) {
+    const int64_t numel = tensors[l].numel();
+    total += numel;
+    cut(tiles, static_cast<int64_t>(l), numel, numel, 16, ceil_div(numel, kTileNumel) + 1);
+  }
+  return tiles;
+}
+
+void check(
+    at::TensorList weights, const at::Tensor& snapshot, const Estimates& estimates,
+    at::ArrayRef<double> scales) {
+  TORCH_CHECK(
+      scales.size() == weights.size(), "fastsn: expected ", weights.size(), " scales, got ",
+      scales.size());
+  TORCH_CHECK(
+      snapshot.dim() == 1 && snapshot.size(0) == estimates.snapshot_numel &&
+          snapshot.is_contiguous() && snapshot.scalar_type() == accumulate_type(weights),
+      "fastsn: expected a contiguous ", accumulate_type(weights), " snapshot of ",
+      estimates.snapshot_numel, " elements, got ", snapshot.scalar_type(), " of shape ",
+      snapshot.sizes());
+}
+
+// The sigma of a layer: the mean over its estimates.
+template <typename Acc>
+double sigma_of(const Estimates& estimates, const Acc* snapshot, int64_t layer) {
+  const int64_t begin = estimates.first_of_layer[layer];
+  const int64_t end = estimates.first_of_layer[layer + 1];
+  double sum = 0;
+  for (int64_t e = begin; e < end; ++e) {
+    sum += static_cast<double>(snapshot[estimates.items[e].sigma]);
+  }
+  return sum / static_cast<double>(end - begin);
+}
+
+template <typename Acc>
+std::vector<at::Tensor> run_scale(
+    at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
+  const auto dense = as_dense(weights);
+  const auto estimates = describe(dense, layers, dims);
+  check(dense, snapshot, estimates, scales);
+  const Acc* const data = snapshot.template const_data_ptr<Acc>();
+
+  struct Layer {
+    const Kernels<Acc>* kernels;
+    const void* weight;
+    void* out;
+    Acc factor;
+  };
+  std::vector<at::Tensor> out;
+  std::vector<Layer> jobs;
+  out.reserve(dense.size());
+  jobs.reserve(dense.size());
+  for (size_t l = 0; l < dense.size(); ++l) {
+    out.push_back(at::empty_like(dense[l]));
+    const double sigma = sigma_of(estimates, data, static_cast<int64_t>(l));
+    const double factor = factor_of(sigma, scales[l], bound, zero_guard).value;
+    jobs.push_back(
+        {&kernels<Acc>(dense[l].scalar_type()), dense[l].const_data_ptr(),
+         out[l].mutable_data_ptr(), static_cast<Acc>(factor)});
+  }
+  int64_t total;
+  const auto tiles = cut_flat(dense, total);
+  for_each_tile(tiles, total, [&](const Tile& tile) {
+    const auto& job = jobs[tile.item];
+    job.kernels->scale(job.weight, job.factor, job.out, tile.begin, tile.end);
+  });
+  return out;
+}
+
+// `grad` with the strides of `like`: itself, or a copy.
+at::Tensor with_strides_of(const at::Tensor& grad, const at::Tensor& like) {
+  TORCH_CHECK(
+      grad.sizes() == like.sizes() && grad.scalar_type() == like.scalar_type(),
+      "fastsn: expected a gradient of shape ", like.sizes(), " and type ", like.scalar_type(),
+      ", got ", grad.sizes(), " and ", grad.scalar_type());
+  return grad.strides() == like.strides() ? grad : at::empty_like(like).copy_(grad);
+}
+
+// dW = f * G - f * <G, W> / sigma * mean over estimates of u v^T, f = scale / sigma.
+template <typename Acc>
+std::vector<at::Tensor> run_backward(
+    at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
+    at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
+    bool zero_guard) {
+  const auto dense = as_dense(weights);
+  const auto estimates = describe(dense, layers, dims);
+  check(dense, snapshot, estimates, scales);
+  TORCH_CHECK(
+      grads.size() == weights.size(), "fastsn: expected ", weights.size(), " gradients, got ",
+      grads.size());
+  const Acc* const data = snapshot.template const_data_ptr<Acc>();
+
+  struct Outer {
+    Shape shape;
+    const Acc* u;
+    const Acc* v;
+    std::vector<Acc> expanded_u;
+    std::vector<Acc> reordered_v;
+  };
+  struct Layer {
+    const Kernels<Acc>* kernels;
+    at::Tensor grad;
+    const void* weight;
+    void* out;
+    double sigma;
+    Factor factor;
+    bool in_place;  // the result needs no rounding: blocks are built where they end up
+    std::vector<Outer> outers;
+    Acc coefficient = 0;
+    std::vector<Acc> partial;
+    std::atomic<int64_t> tiles_left{0};
+  };
+  int64_t total;
+  const auto tiles = cut_flat(dense, total);
+  std::vector<at::Tensor> out;
+  std::vector<Layer> jobs(dense.size());
+  out.reserve(dense.size());
+  for (const auto& tile : tiles) {
+    ++jobs[tile.item].tiles_left;
+  }
+  for (size_t l = 0; l < dense.size(); ++l) {
+    auto& job = jobs[l];
+    out.push_back(at::empty_like(dense[l]));
+    job.kernels = &kernels<Acc>(dense[l].scalar_type());
+    job.grad = with_strides_of(grads[l], dense[l]);
+    job.weight = dense[l].const_data_ptr();
+    job.out = out[l].mutable_data_ptr();
+    job.sigma = sigma_of(estimates, data, static_cast<int64_t>(l));
+    job.factor = factor_of(job.sigma, scales[l], bound, zero_guard);
+    job.in_place = dense[l].scalar_type() == snapshot.scalar_type();
+    job.partial.resize(job.tiles_left);
+    for (int64_t e = estimates.first_of_layer[l];
+         job.factor.moves && e < estimates.first_of_layer[l + 1]; ++e) {
+      const auto& item = estimates.items[e];
+      Outer outer{{item.view.outer, item.view.rows, item.view.inner},
+                  data + item.u, data + item.v, {}, {}};
+      if (item.view.inner <= kShortInner) {
+        outer.expanded_u.reserve(item.view.rows * item.view.inner);
+        for (int64_t r = 0; r < item.view.rows; ++r) {
+          outer.expanded_u.insert(outer.expanded_u.end(), item.view.inner, outer.u[r]);
+        }
+        outer.u = outer.expanded_u.data();
+      }
+      if (!item.view.column_order.empty()) {
+        outer.reordered_v.resize(item.view.cols());
+        for (int64_t c = 0; c < item.view.cols(); ++c) {
+          outer.reordered_v[item.view.column_order[c]] = outer.v[c];
+        }
+        outer.v = outer.reordered_v.data();
+      }
+      job.outers.push_back(std::move(outer));
+    }
+  }
+
+  for_each_tile(tiles, total, [&](const Tile& tile) {
+    auto& job = jobs[tile.item];
+    if (!job.factor.moves) {
+      return;
+    }
+    job.partial[tile.index] =
+        job.kernels->dot(job.grad.const_data_ptr(), job.weight, tile.begin, tile.end);
+    if (--job.tiles_left == 0) {
+      double product = 0;
+      for (const Acc part : job.partial) {
+        product += static_cast<double>(part);
+      }
+      job.coefficient = static_cast<Acc>(
+          -job.factor.value * product / job.sigma / static_cast<double>(job.outers.size()));
+    }
+  });
+
+  for_each_tile(tiles, total, [&](const Tile& tile) {
+    const auto& job = jobs[tile.item];
+    Acc buffer[kBlock];
+    for (int64_t begin = tile.begin; begin < tile.end; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, tile.end);
+      Acc* const block = job.in_place ? static_cast<Acc*>(job.out) + begin : buffer;
+      job.kernels->load_scaled(
+          job.grad.const_data_ptr(), static_cast<Acc>(job.factor.value), block, begin, end);
+      for (const auto& outer : job.outers) {
+        job.kernels->add_outer(
+            block, outer.shape, begin, end, job.coefficient, outer.u, outer.v);
+      }
+      if (!job.in_place) {
+        job.kernels->store(block, job.out, begin, end);
+      }
+    }
+  });
+  return out;
+}
+
+std::vector<at::Tensor> scale_cpu(
+    at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
+  return (accumulate_type(weights) == at::kDouble ? run_scale<double> : run_scale<float>)(
+      weights, snapshot, layers, dims, scales, bound, zero_guard);
+}
+
+std::vector<at::Tensor> scale_backward_cpu(
+    at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
+    at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
+    bool zero_guard) {
+  return (accumulate_type(weights) == at::kDouble ? run_backward<double> : run_backward<float>)(
+      grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastsn, CPU, m) {
+  m.impl("scale", &scale_cpu);
+  m.impl("scale_backward", &scale_backward_cpu);
+}
+
+}  // namespace fastsn

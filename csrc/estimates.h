@@ -1,0 +1,61 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace fastsn {
+
+// A weight seen as the matrix whose rows are the slices along one dimension, in memory order:
+// element (r, c) with c = a * inner + b lies at (a * rows + r) * inner + b.
+struct MatrixView {
+  int64_t outer = 1;
+  int64_t rows = 1;
+  int64_t inner = 1;
+  // Memory column of each logical column; empty when the two orders agree.
+  std::vector<int64_t> column_order;
+
+  int64_t cols() const { return outer * inner; }
+  int64_t numel() const { return rows * cols(); }
+};
+
+// `weight` must be dense and non-overlapping; `dim` counts from the front.
+MatrixView view_as_matrix(const at::Tensor& weight, int64_t dim);
+
+// One spectral-norm estimate: layer `layer`, matricized along one of its dimensions.
+struct Estimate {
+  int64_t layer;
+  bool first;  // the layer's first matricization; the others iterate in the opposite order
+  MatrixView view;
+  int64_t u;  // offsets into the snapshot
+  int64_t v;
+  int64_t sigma;
+};
+
+// All estimates of a call and the layout of its snapshot: u and v of every estimate in turn, then
+// one sigma per estimate.
+struct Estimates {
+  std::vector<Estimate> items;
+  std::vector<int64_t> first_of_layer;  // items of layer l: [first_of_layer[l], first_of_layer[l+1])
+  int64_t snapshot_numel = 0;
+};
+
+// `layers` names the layer of each estimate, in ascending order, at least one per layer.
+// `weights` must be dense.
+Estimates describe(at::TensorList weights, at::IntArrayRef layers, at::IntArrayRef dims);
+
+// Every weight dense and non-overlapping: itself where it is, a contiguous copy where not.
+std::vector<at::Tensor> as_dense(at::TensorList weights);
+
+// fp64 for fp64 weights, fp32 for everything narrower.
+at::ScalarType accumulate_type(at::TensorList weights);
+
+// What a layer's sigma does to its weight: weight' = factor * weight, and whether the gradient
+// sees sigma move (it does not where a bound is slack or where zero_guard steps in).
+struct Factor {
+  double value;
+  bool moves;
+};
+Factor factor_of(double sigma, double scale, bool bound, bool zero_guard);
+
+}  // namespace fastsn

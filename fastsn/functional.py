@@ -1,0 +1,294 @@
+"""Spectral normalization without modules: explicit state in, normalized weights out.
+
+A method is a norm times a constraint, the same names at every layer of the package:
+
+======================  ============================================================================
+``norm``                estimate of sigma
+======================  ============================================================================
+``"matrix"``            SN: the norm of W as a matrix of shape (out, in * k)
+``"bidirectional"``     BSN: the mean of that and of the norm of W as (in, out * k)
+======================  ============================================================================
+
+The weight used is ``scale * W / sigma``, or with ``bound`` ``min(1, scale / sigma) * W``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsn import backends, reference
+
+NORMS = ("matrix", "bidirectional")
+
+
+class Method(NamedTuple):
+    """What is done to a weight: a norm and a constraint, validated by :func:`check_method`."""
+
+    norm: str = "matrix"
+    scale: float = 1.0
+    bound: bool = False
+    zero_guard: bool = False
+
+
+def check_method(
+    norm: str = "matrix", scale: float = 1.0, bound: bool = False, zero_guard: bool = False
+) -> Method:
+    """The arguments as a :class:`Method`.
+
+    Raises:
+        ValueError: ``norm`` is not one of ``NORMS``, or ``scale`` is not finite and positive.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a finite positive number, got {scale!r}")
+    return Method(norm, float(scale), bool(bound), bool(zero_guard))
+
+
+def estimate_dims(shape: Sequence[int], dim: int, norm: str) -> tuple[int, ...]:
+    """The dimensions along which a weight of this shape is matricized, one per estimate.
+
+    ``dim`` for SN; ``dim`` and the other of the first two for BSN, unless the weight is a matrix or
+    a 1x1 convolution: both matricizations are then each other's transposes, and BSN is SN.
+    """
+    if norm == "matrix" or len(shape) < 3 or math.prod(shape[2:]) == 1:
+        return (dim,)
+    return (dim, 1 if dim == 0 else 0)
+
+
+class Call(NamedTuple):
+    """The constants of one call for many weights (see :mod:`fastsn.reference`)."""
+
+    layers: list[int]
+    dims: list[int]
+    scales: list[float]
+    eps: float
+    v_first: bool
+    bound: bool
+    zero_guard: bool
+
+
+def make_call(
+    dims: Sequence[Sequence[int]],
+    scales: Sequence[float],
+    eps: float,
+    v_first: bool,
+    bound: bool,
+    zero_guard: bool,
+) -> Call:
+    """The :class:`Call` for weights with these ``estimate_dims`` and scales."""
+    layers = [layer for layer, own in enumerate(dims) for _ in own]
+    flat = [dim for own in dims for dim in own]
+    return Call(layers, flat, list(scales), eps, v_first, bound, zero_guard)
+
+
+def normalize(
+    call: Call,
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    n_power_iterations: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """The one path of every variant: (normalized weights, snapshot). Nothing is validated here."""
+    layers, dims, scales, eps, v_first, bound, zero_guard = call
+    backend = backends.select(weights)
+    if any(n_power_iterations):
+        snapshot = backend.power_(
+            weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard
+        )
+    else:
+        snapshot = backend.estimate(weights, u, v, layers, dims)
+    return backend.scale(weights, snapshot, layers, dims, scales, bound, zero_guard), snapshot
+
+
+def estimate(
+    call: Call, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]
+) -> Tensor:
+    """The snapshot for u and v as they are. Nothing is validated here."""
+    return backends.select(weights).estimate(weights, u, v, call.layers, call.dims)
+
+
+def normalize_vector(weight: Tensor, eps: float, method: Method) -> Tensor:
+    """A 1-D weight, whose norm needs no estimate: ``scale * w / max(|w|, eps)``."""
+    if not method.bound:
+        unit = F.normalize(weight, dim=0, eps=eps)
+        return unit if method.scale == 1 else unit * method.scale
+    norm = torch.linalg.vector_norm(weight).clamp_min(eps)
+    return weight * (method.scale / norm).clamp_max(1)
+
+
+def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _check_weight(weight: Tensor, dim: int, where: str) -> int:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{where} must be a Tensor, got {type(weight).__name__}")
+    if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{where} must be initialized, got an uninitialized parameter")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(f"{where} must be floating point or complex, got {weight.dtype}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"{where} must be dense (torch.strided), got {weight.layout}")
+    if weight.ndim == 0 or not -weight.ndim <= dim < weight.ndim:
+        raise IndexError(
+            "Dimension out of range (expected to be in range of "
+            f"[{-weight.ndim}, {weight.ndim - 1}] but got {dim})"
+        )
+    return dim % weight.ndim
+
+
+def _check_vector(vector: Tensor, name: str, length: int, weight: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    if tuple(vector.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
+    if vector.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device}, got {vector.device}")
+    wanted = {weight.dtype, reference.accumulate_type(weight)}
+    if vector.dtype not in wanted:
+        raise TypeError(
+            f"{name} must have one of the types {sorted(map(str, wanted))}, got {vector.dtype}"
+        )
+
+
+def spectral_norm(
+    weight: Tensor | Sequence[Tensor],
+    u: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
+    *,
+    dim: int | Sequence[int] = 0,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    norm: str = "matrix",
+    scale: float = 1.0,
+    bound: bool = False,
+    zero_guard: bool = False,
+    v_first: bool = False,
+) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
+    r"""Spectrally normalizes one weight, or many in one call.
+
+    .. math::
+        W_{SN} = s \, W / \sigma, \quad \sigma = u^T M v
+
+    where M is W as a matrix (for ``norm="bidirectional"``: sigma is the mean over two matrices) and
+    u, v come from ``n_power_iterations`` steps of power iteration: u = normalize(M v), then
+    v = normalize(M^T u), with normalize(x) = x / max(\|x\|, eps). Gradients reach the weight
+    through W and through sigma, with u and v constant (Miyato et al. 2018); they can be
+    differentiated again.
+
+    Args:
+        weight: a tensor of any shape (d_0, d_1, ...), or a list of them; fp64, fp32, bf16, fp16 or
+            complex. Iteration and sigma are computed in fp32 or wider.
+        u: one vector of shape (rows,) per matrix: one for SN, two for the BSN of a convolution, in a
+            flat list over all weights. **Updated in place.** In the weight's type, or fp32.
+        v: likewise, of shape (cols,).
+        dim: the output dimension, one for all weights or one each: rows of M are slices along it.
+        n_power_iterations: steps; 0 leaves u and v as they are.
+        eps: least norm that a product is divided by.
+        norm: ``"matrix"`` or ``"bidirectional"``.
+        scale: s above.
+        bound: use ``min(1, s / sigma) W`` instead: a weight whose norm is below s stays.
+        zero_guard: a weight with sigma = 0 becomes ``s W`` (zeros) instead of NaN, its gradient s
+            times the incoming one, and its u and v stay.
+        v_first: iterate v first, then u (the order of ``torch.nn.utils.spectral_norm``).
+
+    Returns:
+        (normalized, sigma): of the weight's shape and type; a 0-d tensor in fp32 or wider without
+        gradient. Lists where ``weight`` is a list.
+
+    Raises:
+        ValueError: ``n_power_iterations`` < 0, an unknown norm, a scale that is not finite and
+            positive, vectors of the wrong number, shape or device, an uninitialized weight.
+        TypeError: an integer or sparse weight, or a vector of another type.
+        IndexError: ``dim`` out of range.
+        Nothing is changed then.
+
+    Example::
+
+        >>> w = torch.randn(64, 32, 3, 3, requires_grad=True)
+        >>> u, v = fastsn.functional.init_vectors(w)
+        >>> normalized, sigma = fastsn.functional.spectral_norm(w, u, v, n_power_iterations=30)
+        >>> torch.linalg.matrix_norm(normalized.flatten(1), 2)
+        tensor(1.0000, grad_fn=...)
+
+    Source: Miyato et al., ICLR 2018 (arXiv 1802.05957); bidirectional and scaled: Lin, Sekar,
+    Fanti, NeurIPS 2021 (arXiv 2009.02773).
+    """
+    method = check_method(norm, scale, bound, zero_guard)
+    if n_power_iterations < 0:
+        raise ValueError(
+            f"Expected n_power_iterations to be non-negative, but got {n_power_iterations=}"
+        )
+    weights, us, vs = _as_list(weight), _as_list(u), _as_list(v)
+    per_weight = [dim] * len(weights) if isinstance(dim, int) else list(dim)
+    if not weights or len(per_weight) != len(weights):
+        raise ValueError(
+            f"expected at least one weight and one dim per weight, got {len(weights)} weights and "
+            f"{len(per_weight)} dims"
+        )
+    dims = []
+    for i, (w, d) in enumerate(zip(weights, per_weight, strict=True)):
+        checked = _check_weight(w, d, f"weight[{i}]")
+        if (w.device, w.is_complex(), reference.accumulate_type(w)) != (
+            weights[0].device,
+            weights[0].is_complex(),
+            reference.accumulate_type(weights[0]),
+        ):
+            raise ValueError(
+                "weights of one call must share their device and, fp32 and narrower counting as "
+                f"one, their type, got {weights[0].dtype} on {weights[0].device} and {w.dtype} on "
+                f"{w.device}"
+            )
+        dims.append(estimate_dims(w.shape, checked, norm))
+    call = make_call(dims, [method.scale] * len(weights), eps, v_first, bound, zero_guard)
+    if not len(us) == len(vs) == len(call.layers):
+        raise ValueError(
+            f"expected {len(call.layers)} u and v, one per matrix, got {len(us)} and {len(vs)}"
+        )
+    for e, (layer, d) in enumerate(zip(call.layers, call.dims, strict=True)):
+        rows, cols = reference.to_matrix(weights[layer].detach(), d).shape
+        _check_vector(us[e], f"u[{e}]", rows, weights[layer])
+        _check_vector(vs[e], f"v[{e}]", cols, weights[layer])
+
+    iterations = [n_power_iterations] * len(weights)
+    normalized, snapshot = normalize(call, weights, us, vs, iterations)
+    sigmas = reference.sigmas_of(snapshot, call.layers)
+    if isinstance(weight, Tensor):
+        return normalized[0], sigmas[0]
+    return normalized, sigmas
+
+
+def init_vectors(
+    weight: Tensor,
+    *,
+    dim: int = 0,
+    norm: str = "matrix",
+    eps: float = 1e-12,
+    generator: torch.Generator | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Random unit vectors (u, v) for :func:`spectral_norm`, one of each per matrix.
+
+    u is drawn before v, for each matrix in turn, in the weight's type and on its device, as torch
+    does.
+
+    Example::
+
+        >>> u, v = fastsn.functional.init_vectors(torch.empty(8, 4, 3, 3), norm="bidirectional")
+        >>> [len(x) for x in u + v]
+        [8, 4, 36, 72]
+    """
+    check_method(norm)
+    dim = _check_weight(weight, dim, "weight")
+    u, v = [], []
+    for d in estimate_dims(weight.shape, dim, norm):
+        for length, vectors in zip(reference.to_matrix(weight.detach(), d).shape, (u, v), strict=True):
+            drawn = weight.detach().new_empty(length).normal_(0, 1, generator=generator)
+            vectors.append(F.normalize(drawn, dim=0, eps=eps))
+    return u, v

@@ -1,0 +1,57 @@
+"""Loads the compiled operators ``torch.ops.fastsn.*`` and teaches PyTorch their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from fastsn import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastsn's compiled extension cannot be loaded ({error}). It must be built against the "
+        f"torch that is installed, here {torch.__version__}: "
+        "pip install --no-build-isolation --force-reinstall --no-deps fastsn"
+    ) from error
+
+__all__ = ["_C", "estimate", "power_", "scale", "scale_backward"]
+
+power_ = torch.ops.fastsn.power_.default
+estimate = torch.ops.fastsn.estimate.default
+scale = torch.ops.fastsn.scale.default
+scale_backward = torch.ops.fastsn.scale_backward.default
+
+
+def _snapshot_like(weights: Sequence[Tensor], layers: Sequence[int], dims: Sequence[int]) -> Tensor:
+    numel = len(layers)
+    for layer, dim in zip(layers, dims, strict=True):
+        shape = list(weights[layer].shape)
+        numel += shape.pop(dim) + torch.Size(shape).numel()
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    return weights[0].new_empty(numel, dtype=dtype)
+
+
+def _results_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+@torch.library.register_fake("fastsn::power_")
+def _(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard):
+    return _snapshot_like(weights, layers, dims)
+
+
+@torch.library.register_fake("fastsn::estimate")
+def _(weights, u, v, layers, dims):
+    return _snapshot_like(weights, layers, dims)
+
+
+@torch.library.register_fake("fastsn::scale")
+def _(weights, snapshot, layers, dims, scales, bound, zero_guard):
+    return _results_like(weights)
+
+
+@torch.library.register_fake("fastsn::scale_backward")
+def _(grads, weights, snapshot, layers, dims, scales, bound, zero_guard):
+    return _results_like(weights)

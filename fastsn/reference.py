@@ -1,0 +1,199 @@
+"""The specification: spectral normalization in plain PyTorch, written for reading.
+
+Every other back-end has the same functions with the same arguments, and is tested against these.
+They work in fp32 or wider, on any device and for complex weights, and PyTorch differentiates
+through :func:`scale` as often as asked.
+
+A call handles many weights. Estimate ``e`` matricizes ``weights[layers[e]]`` along ``dims[e]``
+into a matrix M of shape (rows, cols), with vectors ``u[e]`` of shape (rows,) and ``v[e]`` of shape
+(cols,). A layer's sigma is the mean over its estimates: one for SN, two for BSN. Its first estimate
+iterates in the order that ``v_first`` says, the others in the opposite order.
+
+A *snapshot* is a flat tensor: u and v of every estimate in turn, then one sigma per estimate. It
+holds what :func:`scale` needs, so that u and v may move on before the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_type(weight: Tensor) -> torch.dtype:
+    """The type of u, v and sigma in a snapshot: fp32 for everything narrower than fp32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def to_matrix(weight: Tensor, dim: int) -> Tensor:
+    """The matrix whose rows are the slices of ``weight`` along ``dim``."""
+    rows = weight.movedim(dim, 0)
+    return rows.reshape(rows.shape[0], rows[0].numel() if rows.shape[0] else rows.shape[1:].numel())
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """The inverse of :func:`to_matrix`."""
+    moved = (shape[dim], *shape[:dim], *shape[dim + 1 :])
+    return matrix.reshape(moved).movedim(0, dim)
+
+
+def iterate(
+    matrix: Tensor, u: Tensor, v: Tensor, eps: float, v_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One power iteration: (u, v, sigma) with sigma = u^H M v.
+
+    u = M v / max(|M v|, eps), then v = M^H u / max(|M^H u|, eps); ``v_first``: v, then u.
+    """
+
+    def normalize(x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x).clamp_min(eps)
+
+    if v_first:
+        v = normalize(matrix.mH @ u)
+        u = normalize(matrix @ v)
+    else:
+        u = normalize(matrix @ v)
+        v = normalize(matrix.mH @ u)
+    return u, v, torch.vdot(u, matrix @ v)
+
+
+def power_(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    layers: Sequence[int],
+    dims: Sequence[int],
+    n_power_iterations: Sequence[int],
+    eps: float,
+    v_first: bool,
+    zero_guard: bool,
+) -> Tensor:
+    """Iterates, writes u and v back in place, and returns the snapshot.
+
+    Layer ``l`` iterates ``n_power_iterations[l]`` times; 0 leaves its u and v alone. With
+    ``zero_guard`` the u and v of a matrix whose sigma comes out as 0 stay as they were (without
+    it they turn to 0 and can never recover).
+    """
+    vectors: list[Tensor] = []
+    sigmas: list[Tensor] = []
+    with torch.no_grad():
+        for e, (layer, dim) in enumerate(zip(layers, dims, strict=True)):
+            weight = weights[layer]
+            matrix = to_matrix(weight, dim).to(accumulate_type(weight))
+            new_u, new_v = u[e].to(matrix.dtype), v[e].to(matrix.dtype)
+            sigma = torch.vdot(new_u, matrix @ new_v)
+            first = e == 0 or layers[e - 1] != layer
+            for _ in range(n_power_iterations[layer]):
+                old_u, old_v = new_u, new_v
+                new_u, new_v, sigma = iterate(matrix, old_u, old_v, eps, v_first == first)
+                if zero_guard:
+                    new_u = torch.where(sigma == 0, old_u, new_u)
+                    new_v = torch.where(sigma == 0, old_v, new_v)
+            if n_power_iterations[layer] > 0:
+                u[e].copy_(new_u)
+                v[e].copy_(new_v)
+            vectors += [new_u, new_v]
+            sigmas.append(sigma)
+        return torch.cat([*vectors, torch.stack(sigmas)])
+
+
+def estimate(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    layers: Sequence[int],
+    dims: Sequence[int],
+) -> Tensor:
+    """The snapshot for u and v as they are: :func:`power_` with no iteration."""
+    none = [0] * len(weights)
+    return power_(weights, u, v, layers, dims, none, 0.0, False, False)
+
+
+def vectors_of(
+    weights: Sequence[Tensor], snapshot: Tensor, layers: Sequence[int], dims: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The (u, v) of every estimate, as views of the snapshot."""
+    offset = 0
+    for layer, dim in zip(layers, dims, strict=True):
+        rows, cols = to_matrix(weights[layer].detach(), dim).shape
+        yield snapshot[offset : offset + rows], snapshot[offset + rows : offset + rows + cols]
+        offset += rows + cols
+
+
+def sigmas_of(snapshot: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """The sigma of every layer, a 0-d tensor each: the mean over its estimates."""
+    per_estimate = snapshot[snapshot.numel() - len(layers) :].unbind()
+    sigmas: list[list[Tensor]] = [[] for _ in range(layers[-1] + 1)]
+    for layer, sigma in zip(layers, per_estimate, strict=True):
+        sigmas[layer].append(sigma)
+    return [own[0] if len(own) == 1 else torch.stack(own).mean() for own in sigmas]
+
+
+def scale(
+    weights: Sequence[Tensor],
+    snapshot: Tensor,
+    layers: Sequence[int],
+    dims: Sequence[int],
+    scales: Sequence[float],
+    bound: bool,
+    zero_guard: bool,
+) -> list[Tensor]:
+    """The normalized weights ``scale * W / sigma``, sigma = mean of u^H M v with u, v constant.
+
+    ``bound``: ``min(1, scale / sigma) * W``. ``zero_guard``: where sigma is 0, ``scale * W``.
+    """
+    sigmas: list[Tensor | float] = [0.0] * len(weights)
+    counts = [layers.count(layer) for layer in range(len(weights))]
+    uv = vectors_of(weights, snapshot, layers, dims)
+    for layer, dim, (u, v) in zip(layers, dims, uv, strict=True):
+        matrix = to_matrix(weights[layer], dim).to(snapshot.dtype)
+        sigmas[layer] = sigmas[layer] + torch.vdot(u, matrix @ v) / counts[layer]
+
+    normalized = []
+    for weight, sigma, factor in zip(weights, sigmas, scales, strict=True):
+        wide = weight.to(snapshot.dtype)
+        # The branch that torch.where leaves out must not divide by zero: its gradient would be NaN.
+        divisor = torch.where(sigma == 0, torch.ones_like(sigma), sigma) if zero_guard else sigma
+        result = wide * factor / divisor
+        if bound:
+            result = torch.where(sigma.abs() <= factor, wide, result)
+        if zero_guard:
+            result = torch.where(sigma == 0, wide * factor, result)
+        normalized.append(result.to(weight.dtype))
+    return normalized
+
+
+def scale_backward(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    snapshot: Tensor,
+    layers: Sequence[int],
+    dims: Sequence[int],
+    scales: Sequence[float],
+    bound: bool,
+    zero_guard: bool,
+) -> list[Tensor]:
+    """The gradients of :func:`scale` with respect to the weights, written out.
+
+    ``dW = (s G - <s G, W> / sigma * S) / sigma``, with S = d sigma / d W the mean over estimates of
+    ``u v^T``; where a bound is slack ``dW = G``, where zero_guard steps in ``dW = s G``.
+    Real weights only.
+    """
+    slopes: list[Tensor | float] = [0.0] * len(weights)
+    uv = vectors_of(weights, snapshot, layers, dims)
+    for layer, dim, (u, v) in zip(layers, dims, uv, strict=True):
+        outer = from_matrix(torch.outer(u, v), weights[layer].shape, dim)
+        slopes[layer] = slopes[layer] + outer / layers.count(layer)
+
+    result = []
+    sigmas = sigmas_of(snapshot, layers)
+    for grad, weight, slope, sigma, s in zip(grads, weights, slopes, sigmas, scales, strict=True):
+        g, w = grad.to(snapshot.dtype), weight.to(snapshot.dtype)
+        change = (s * g - (s * g * w).sum() / sigma * slope) / sigma
+        if bound:
+            change = torch.where(sigma <= s, g, change)
+        if zero_guard:
+            change = torch.where(sigma == 0, s * g, change)
+        result.append(change.to(weight.dtype))
+    return result
