@@ -1,8 +1,9 @@
-"""Builds fastsn._C against the torch that is installed. Everything declarative is in pyproject.toml.
+"""Builds fastsn._C against the torch that is installed. Everything declarative is in
+pyproject.toml.
 
-FASTSN_CUDA=0 leaves the CUDA kernels out, FASTSN_CUDA=1 insists on them; unset, they are built where
-there are any and nvcc is found, whatever torch is installed. FASTSN_WERROR=1 makes C++ warnings
-errors.
+FASTSN_CUDA=0 leaves the CUDA kernels out, FASTSN_CUDA=1 insists on them; unset, they are built
+where there are any and nvcc is found, whatever torch is installed. FASTSN_WERROR=1 makes C++
+warnings errors.
 """
 
 import os

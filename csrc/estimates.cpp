@@ -1,5 +1,7 @@
 #include "estimates.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include <algorithm>
 #include <numeric>
 
@@ -105,7 +107,8 @@ std::vector<at::Tensor> as_dense(at::TensorList weights) {
   std::vector<at::Tensor> dense;
   dense.reserve(weights.size());
   for (const auto& weight : weights) {
-    dense.push_back(weight.is_non_overlapping_and_dense() ? weight : weight.contiguous());
+    dense.push_back(
+        weight.is_non_overlapping_and_dense() ? weight : at::empty_like(weight).copy_(weight));
   }
   return dense;
 }

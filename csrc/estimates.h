@@ -44,7 +44,8 @@ struct Estimates {
 // `weights` must be dense.
 Estimates describe(at::TensorList weights, at::IntArrayRef layers, at::IntArrayRef dims);
 
-// Every weight dense and non-overlapping: itself where it is, a contiguous copy where not.
+// Every weight dense and non-overlapping: itself where it is, a copy with the strides of at::empty_like
+// where not.
 std::vector<at::Tensor> as_dense(at::TensorList weights);
 
 // fp64 for fp64 weights, fp32 for everything narrower.

@@ -1,9 +1,11 @@
 """Spectral normalization for PyTorch, all layers of a model in one fused call."""
 
 from fastsn import functional, hooks, nn, parametrizations
+from fastsn.apply import apply
 from fastsn.backends import current_backend, use_backend
+from fastsn.fold import fold
+from fastsn.grouping import accelerate, refresh, sigmas
 from fastsn.hooks import remove_spectral_norm, spectral_norm
-from fastsn.model import accelerate, apply, fold, refresh, sigmas
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,8 @@
 """Which implementation of the operators serves a call.
 
-Every back-end is a module with the functions of :mod:`fastsn.reference`, the same names and the same
-arguments. ``"auto"`` takes the first that can serve; :func:`use_backend` or the environment variable
-``FASTSN_BACKEND`` forces one, and then a call that it cannot serve raises.
+Every back-end is a module with the functions of :mod:`fastsn.reference`, the same names and the
+same arguments. ``"auto"`` takes the first that can serve; :func:`use_backend` or the environment
+variable ``FASTSN_BACKEND`` forces one, and then a call that it cannot serve raises.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsn import ops, reference
 
@@ -37,8 +38,8 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
         return f"it has no kernels for {weight.dtype}"
     if weight.device.type not in ("cpu", "meta"):
         return f"it runs on the CPU, the weights are on {weight.device}"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms differentiate through the reference only"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transforms and forward-mode differentiation need the reference"
     return None
 
 

@@ -36,6 +36,9 @@ class Method(NamedTuple):
     zero_guard: bool = False
 
 
+SN = Method()
+
+
 def check_method(
     norm: str = "matrix", scale: float = 1.0, bound: bool = False, zero_guard: bool = False
 ) -> Method:
@@ -88,6 +91,30 @@ def make_call(
     return Call(layers, flat, list(scales), eps, v_first, bound, zero_guard)
 
 
+def iterate(
+    call: Call,
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    n_power_iterations: Sequence[int],
+) -> Tensor:
+    """The snapshot after that many iterations of each weight. Nothing is validated here."""
+    backend = backends.select(weights)
+    if not any(n_power_iterations):
+        return backend.estimate(weights, u, v, call.layers, call.dims)
+    return backend.power_(
+        weights,
+        u,
+        v,
+        call.layers,
+        call.dims,
+        n_power_iterations,
+        call.eps,
+        call.v_first,
+        call.zero_guard,
+    )
+
+
 def normalize(
     call: Call,
     weights: Sequence[Tensor],
@@ -96,22 +123,11 @@ def normalize(
     n_power_iterations: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
     """The one path of every variant: (normalized weights, snapshot). Nothing is validated here."""
-    layers, dims, scales, eps, v_first, bound, zero_guard = call
-    backend = backends.select(weights)
-    if any(n_power_iterations):
-        snapshot = backend.power_(
-            weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard
-        )
-    else:
-        snapshot = backend.estimate(weights, u, v, layers, dims)
-    return backend.scale(weights, snapshot, layers, dims, scales, bound, zero_guard), snapshot
-
-
-def estimate(
-    call: Call, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]
-) -> Tensor:
-    """The snapshot for u and v as they are. Nothing is validated here."""
-    return backends.select(weights).estimate(weights, u, v, call.layers, call.dims)
+    snapshot = iterate(call, weights, u, v, n_power_iterations)
+    normalized = backends.select(weights).scale(
+        weights, snapshot, call.layers, call.dims, call.scales, call.bound, call.zero_guard
+    )
+    return normalized, snapshot
 
 
 def normalize_vector(weight: Tensor, eps: float, method: Method) -> Tensor:
@@ -123,17 +139,29 @@ def normalize_vector(weight: Tensor, eps: float, method: Method) -> Tensor:
     return weight * (method.scale / norm).clamp_max(1)
 
 
-def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def _as_list(value: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple) and all(isinstance(item, Tensor) for item in value):
+        return list(value)
+    raise TypeError(f"{name} must be a Tensor or a list of Tensors, got {value!r}")
 
 
 def _check_weight(weight: Tensor, dim: int, where: str) -> int:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{where} must be a Tensor, got {type(weight).__name__}")
     if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{where} must be initialized, got an uninitialized parameter")
-    if not (weight.is_floating_point() or weight.is_complex()):
-        raise TypeError(f"{where} must be floating point or complex, got {weight.dtype}")
+    if weight.dtype not in _DTYPES:
+        raise TypeError(f"{where} must have one of the types {_DTYPES}, got {weight.dtype}")
     if weight.layout != torch.strided:
         raise TypeError(f"{where} must be dense (torch.strided), got {weight.layout}")
     if weight.ndim == 0 or not -weight.ndim <= dim < weight.ndim:
@@ -145,8 +173,6 @@ def _check_weight(weight: Tensor, dim: int, where: str) -> int:
 
 
 def _check_vector(vector: Tensor, name: str, length: int, weight: Tensor) -> None:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
     if tuple(vector.shape) != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
     if vector.device != weight.device:
@@ -186,8 +212,8 @@ def spectral_norm(
     Args:
         weight: a tensor of any shape (d_0, d_1, ...), or a list of them; fp64, fp32, bf16, fp16 or
             complex. Iteration and sigma are computed in fp32 or wider.
-        u: one vector of shape (rows,) per matrix: one for SN, two for the BSN of a convolution, in a
-            flat list over all weights. **Updated in place.** In the weight's type, or fp32.
+        u: one vector of shape (rows,) per matrix: one for SN, two for the BSN of a convolution, in
+            a flat list over all weights. **Updated in place.** In the weight's type, or fp32.
         v: likewise, of shape (cols,).
         dim: the output dimension, one for all weights or one each: rows of M are slices along it.
         n_power_iterations: steps; 0 leaves u and v as they are.
@@ -222,12 +248,16 @@ def spectral_norm(
     Fanti, NeurIPS 2021 (arXiv 2009.02773).
     """
     method = check_method(norm, scale, bound, zero_guard)
+    if not isinstance(n_power_iterations, int):
+        raise TypeError(f"n_power_iterations must be an int, got {n_power_iterations!r}")
     if n_power_iterations < 0:
         raise ValueError(
             f"Expected n_power_iterations to be non-negative, but got {n_power_iterations=}"
         )
-    weights, us, vs = _as_list(weight), _as_list(u), _as_list(v)
-    per_weight = [dim] * len(weights) if isinstance(dim, int) else list(dim)
+    weights, us, vs = _as_list(weight, "weight"), _as_list(u, "u"), _as_list(v, "v")
+    per_weight = [dim] * len(weights) if not isinstance(dim, list | tuple) else list(dim)
+    if not all(isinstance(d, int) for d in per_weight):
+        raise TypeError(f"dim must be an int or a list of ints, got {dim!r}")
     if not weights or len(per_weight) != len(weights):
         raise ValueError(
             f"expected at least one weight and one dim per weight, got {len(weights)} weights and "
@@ -288,7 +318,9 @@ def init_vectors(
     dim = _check_weight(weight, dim, "weight")
     u, v = [], []
     for d in estimate_dims(weight.shape, dim, norm):
-        for length, vectors in zip(reference.to_matrix(weight.detach(), d).shape, (u, v), strict=True):
+        for length, vectors in zip(
+            reference.to_matrix(weight.detach(), d).shape, (u, v), strict=True
+        ):
             drawn = weight.detach().new_empty(length).normal_(0, 1, generator=generator)
             vectors.append(F.normalize(drawn, dim=0, eps=eps))
     return u, v

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import (
     SpectralNormLoadStateDictPreHook,
     SpectralNormStateDictHook,
@@ -35,18 +35,19 @@ __all__ = [
 T_module = TypeVar("T_module", bound=nn.Module)
 
 
-class SpectralNorm(_TorchSpectralNorm):
+class SpectralNorm(TorchHook):
     """The forward pre-hook: sets ``module.<name>`` to the normalized weight before each forward.
 
     Subclasses may override :meth:`compute_weight`, :meth:`reshape_weight_to_matrix` or
     :meth:`apply`, as those of torch's class do.
     """
 
-    # Class attributes, so that an object of torch's class becomes one of this by changing its class.
-    method = Method()
-    # The weight that this hook has set last, and whether a grouped call did it for the next forward.
+    # Class attributes: an object of torch's class becomes one of this by changing its class.
+    method = functional.SN
+    # The weight that this hook has set last.
     _latest: Tensor | None = None
-    fresh = False
+    # Not empty when a grouped call has set the weight for the next forward.
+    _pending: list[bool] | tuple[()] = ()
 
     @classmethod
     def apply(  # type: ignore[override]  # torch's is a staticmethod: the calls look the same
@@ -56,10 +57,10 @@ class SpectralNorm(_TorchSpectralNorm):
         n_power_iterations: int,
         dim: int,
         eps: float,
-        method: Method = Method(),
+        method: Method = functional.SN,
     ) -> SpectralNorm:
         """Registers the hook; see :func:`spectral_norm` for what can go wrong."""
-        hook = _TorchSpectralNorm.apply(module, name, n_power_iterations, dim, eps)
+        hook = TorchHook.apply(module, name, n_power_iterations, dim, eps)
         hook.__class__ = cls
         hook.method = method
         weight = getattr(module, f"{name}_orig")
@@ -93,6 +94,12 @@ class SpectralNorm(_TorchSpectralNorm):
         u, v = self.vectors(module)
         return functional.normalize(self.call(weight.shape), [weight], u, v, [iterations])[0][0]
 
+    def own_pending(self) -> list[bool]:
+        """The list by which a grouped call tells that it has set the weight."""
+        if not isinstance(self._pending, list):
+            self._pending = []
+        return self._pending
+
     def set_weight(self, module: nn.Module, weight: Tensor) -> None:
         """Makes ``weight`` the module's plain attribute ``<name>``."""
         setattr(module, self.name, weight)
@@ -105,13 +112,13 @@ class SpectralNorm(_TorchSpectralNorm):
             module._buffers.pop(self.name + suffix, None)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if self.fresh:
-            self.fresh = False
+        if self._pending:
+            self._pending.pop()
             return
         self.set_weight(module, self.compute_weight(module, do_power_iteration=module.training))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_latest", "fresh")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_latest", "_pending")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         # After a forward the module's weight has a graph behind it and refuses to be copied. The
@@ -136,7 +143,8 @@ def spectral_norm(
     bound: bool = False,
     zero_guard: bool = False,
 ) -> T_module:
-    r"""Normalizes a weight spectrally before each forward, as ``torch.nn.utils.spectral_norm`` does.
+    r"""Normalizes a weight spectrally before each forward, as ``torch.nn.utils.spectral_norm``
+    does.
 
     .. math::
         W_{SN} = s \, W / \sigma(W), \quad \sigma \approx u^T W v
@@ -190,9 +198,10 @@ def spectral_norm(
     SpectralNorm.apply(module, name, n_power_iterations, dim, eps, method)
     if isinstance(module, NonDynamicallyQuantizableLinear):
         warnings.warn(
-            "MultiheadAttention reads out_proj's weight without calling out_proj, so that this hook "
-            "never runs and the weight stays as it is. Use fastsn.parametrizations.spectral_norm, "
-            "or fastsn.accelerate on the model, which sets the weight in every forward.",
+            "MultiheadAttention reads out_proj's weight without calling out_proj, so that this "
+            "hook never runs and the weight stays as it is. Use "
+            "fastsn.parametrizations.spectral_norm, or fastsn.accelerate on the model, which sets "
+            "the weight in every forward.",
             stacklevel=2,
         )
     return module

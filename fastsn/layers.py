@@ -1,8 +1,9 @@
 """Spectrally normalized layers as a model holds them, seen alike whatever form they have.
 
-Three forms exist: torch's parametrization, torch's hook, and the ``W_()`` method of BigGAN's layers.
-:func:`find` lists those of a model; :func:`take_over` turns torch's and BigGAN's objects into
-fastsn's in place, which changes no number, no buffer and no checkpoint key.
+Three forms exist: torch's parametrization, torch's hook, and the ``W_()`` method of BigGAN's
+layers. :func:`take_over` turns torch's and BigGAN's objects into fastsn's in place, which changes
+no number, no buffer and no checkpoint key; :func:`find` lists the layers that a call for many can
+serve.
 """
 
 from __future__ import annotations
@@ -10,58 +11,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
-from torch.nn.utils.spectral_norm import SpectralNorm as _TorchHook
 
-from fastsn import functional, hooks, parametrizations
+from fastsn import biggan, hooks, parametrizations
 from fastsn.functional import Call
-from fastsn.nn.modules import Normalized
 
 __all__ = ["Layer", "find", "take_over"]
+
+Vectors = tuple[list[Tensor], list[Tensor]]
 
 
 class Layer(Protocol):
     """One normalized weight of a model, ready for a grouped call."""
 
     name: str  # of the weight, such as "conv1.weight"
+    module: nn.Module
+    pending: list[Any]  # not empty between :meth:`put` and the read that finds the weight
     keeps_sigma: bool
 
     def call(self) -> Call:
         """The constants of a call for this layer alone."""
 
-    def alive(self) -> bool:
-        """Whether the model still normalizes this weight in this way."""
+    def weight(self) -> Tensor | None:
+        """The parameter, or None if the model no longer normalizes it in this way."""
 
-    def weight(self) -> Tensor:
-        """The parameter."""
+    def is_training(self) -> bool:
+        """Whether the next forward iterates."""
 
-    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(u, v), one of each per estimate, to be updated in place."""
+    def vectors(self, training: bool) -> Vectors:
+        """(u, v), one of each per estimate; updated in place where the layer keeps them."""
 
-    def iterations(self) -> int:
-        """Power iterations that the next forward performs."""
-
-    def keep_sigma(self, sigma: Tensor) -> None:
-        """Takes note of the sigma that an iteration has estimated; few forms do."""
+    def iterations(self, training: bool) -> int:
+        """Power iterations that a forward performs."""
 
     def put(self, weight: Tensor) -> None:
         """Hands the layer its normalized weight for the next read."""
 
-    def has_weight(self) -> bool:
-        """Whether a weight was put and is not read yet."""
-
-    def take_back(self) -> None:
-        """Forgets a weight that was put and not read."""
+    def keep_sigma(self, sigma: Tensor) -> None:
+        """Takes note of the sigma of a forward in training mode, if ``keeps_sigma``."""
 
     def finish(self, weight: Tensor) -> Tensor:
-        """What a read returns once the normalized weight is known."""
-
-    def fold(self) -> None:
-        """Leaves a plain parameter with the normalized weight, as eval mode computes it."""
+        """What a read returns, out of the normalized weight."""
 
 
 class ParametrizedLayer:
@@ -75,55 +68,46 @@ class ParametrizedLayer:
         self.tensor_name = tensor_name
         self.list = module.parametrizations[tensor_name]
         self.norm = self.list[0]
+        if not isinstance(self.norm.pending, list):
+            self.norm.pending = []
+        self.pending = self.norm.pending
 
     def call(self) -> Call:
-        return self.norm.call(self.weight().shape)
+        return self.norm.call(self.list.original.shape)
 
-    def alive(self) -> bool:
+    def weight(self) -> Tensor | None:
         lists = self.module._modules.get("parametrizations")
-        return (
-            lists is not None
-            and lists._modules.get(self.tensor_name) is self.list
-            and self.list._modules.get("0") is self.norm
-        )
-
-    def weight(self) -> Tensor:
+        if (
+            lists is None
+            or lists._modules.get(self.tensor_name) is not self.list
+            or self.list._modules.get("0") is not self.norm
+        ):
+            return None
         original = self.list._parameters.get("original")
         return self.list.original if original is None else original
 
-    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+    def is_training(self) -> bool:
+        # Within parametrize.cached() a weight that was read before is not computed again.
+        return self.norm.training and not (
+            parametrize._cache_enabled and (id(self.module), self.tensor_name) in parametrize._cache
+        )
+
+    def vectors(self, training: bool) -> Vectors:
         return self.norm.vectors()
 
-    def iterations(self) -> int:
-        # Within parametrize.cached() a weight read before is not computed again.
-        if parametrize._cache_enabled and self._is_cached():
-            return 0
-        return self.norm.n_power_iterations if self.norm.training else 0
-
-    def _is_cached(self) -> bool:
-        return (id(self.module), self.tensor_name) in parametrize._cache
+    def iterations(self, training: bool) -> int:
+        return self.norm.n_power_iterations if training else 0
 
     def put(self, weight: Tensor) -> None:
-        self.norm.pending = [weight]
+        self.pending.append(weight)
 
-    def has_weight(self) -> bool:
-        return bool(self.norm.pending)
-
-    def take_back(self) -> None:
-        self.norm.pending = ()
+    def keep_sigma(self, sigma: Tensor) -> None:
+        pass
 
     def finish(self, weight: Tensor) -> Tensor:
         for later in list(self.list)[1:]:
             weight = later(weight)
         return weight
-
-    def fold(self) -> None:
-        self.norm.eval()
-        before = parametrize.type_before_parametrizations(self.module)
-        parametrizations.rebuild(self.module, before)
-        parametrize.remove_parametrizations(self.module, self.tensor_name)
-        if isinstance(self.module, Normalized):
-            self.module.__class__ = self.module.plain
 
 
 class HookedLayer:
@@ -135,144 +119,72 @@ class HookedLayer:
         self.name = name
         self.module = module
         self.hook = hook
+        self.pending = hook.own_pending()
+        # The forward of MultiheadAttention's out_proj, and so its hook, never runs.
+        self.hook_runs = not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def call(self) -> Call:
-        return self.hook.call(self.weight().shape)
+        return self.hook.call(getattr(self.module, f"{self.hook.name}_orig").shape)
 
-    def alive(self) -> bool:
-        return self.hook in self.module._forward_pre_hooks.values()
-
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | None:
+        if self.hook not in self.module._forward_pre_hooks.values():
+            return None
         return getattr(self.module, f"{self.hook.name}_orig")
 
-    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+    def is_training(self) -> bool:
+        return self.module.training
+
+    def vectors(self, training: bool) -> Vectors:
         return self.hook.vectors(self.module)
 
-    def iterations(self) -> int:
-        return self.hook.n_power_iterations if self.module.training else 0
+    def iterations(self, training: bool) -> int:
+        return self.hook.n_power_iterations if training else 0
 
     def put(self, weight: Tensor) -> None:
         self.hook.set_weight(self.module, weight)
-        # The forward of MultiheadAttention's out_proj, and so its hook, never runs.
-        self.hook.fresh = not isinstance(self.module, NonDynamicallyQuantizableLinear)
+        if self.hook_runs:
+            self.pending.append(True)
 
-    def has_weight(self) -> bool:
-        return self.hook.fresh
-
-    def take_back(self) -> None:
-        self.hook.fresh = False
+    def keep_sigma(self, sigma: Tensor) -> None:
+        pass
 
     def finish(self, weight: Tensor) -> Tensor:
         return weight
 
-    def fold(self) -> None:
-        requires_grad = self.weight().requires_grad
-        hooks.remove_spectral_norm(self.module, self.hook.name)
-        getattr(self.module, self.hook.name).requires_grad_(requires_grad)
-
-
-class BigGanWeight:
-    """Replaces the method ``W_`` of a layer written as in BigGAN-PyTorch (one singular value).
-
-    Such a layer keeps u as a buffer ``u0`` of shape (1, rows) and the last sigma as ``sv0``. It
-    iterates in eval mode too, and then keeps neither.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.pending: Tensor | None = None
-
-    def dim(self) -> int:
-        return 1 if self.module.transpose else 0
-
-    def call(self) -> Call:
-        return functional.make_call([(self.dim(),)], [1.0], self.module.eps, True, False, False)
-
-    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
-        u = self.module.u0[0] if self.module.training else self.module.u0[0].clone()
-        weight = self.module.weight
-        return [u], [u.new_empty(weight.numel() // weight.shape[self.dim()])]
-
-    def iterations(self) -> int:
-        # In eval mode every iteration of the original starts from the same u.
-        return self.module.num_itrs if self.module.training else 1
-
-    def keep_sigma(self, sigma: Tensor) -> None:
-        if self.module.training:
-            with torch.no_grad():
-                self.module.sv0.copy_(sigma)
-
-    def __call__(self) -> Tensor:
-        if self.pending is not None:
-            weight, self.pending = self.pending, None
-            return weight
-        u, v = self.vectors()
-        call, weights = self.call(), [self.module.weight]
-        normalized, snapshot = functional.normalize(call, weights, u, v, [self.iterations()])
-        self.keep_sigma(snapshot[-1])
-        return normalized[0]
-
-
-class PlainWeight:
-    """The ``W_`` of a folded layer: its weight as it is."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self) -> Tensor:
-        return self.module.weight
-
 
 class BigGanLayer:
-    """A layer whose ``W_`` is a :class:`BigGanWeight`."""
+    """A layer that normalizes itself in a method ``W_``, see :mod:`fastsn.biggan`."""
 
     keeps_sigma = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.source: BigGanWeight = module.W_
-        self.call = self.source.call
-        self.vectors = self.source.vectors
-        self.iterations = self.source.iterations
-        self.keep_sigma = self.source.keep_sigma
+        self.pending = biggan.pending(module)
 
-    def alive(self) -> bool:
-        return self.module.__dict__.get("W_") is self.source
+    def call(self) -> Call:
+        return biggan.call(self.module)
 
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | None:
         return self.module.weight
 
+    def is_training(self) -> bool:
+        return self.module.training
+
+    def vectors(self, training: bool) -> Vectors:
+        return biggan.vectors(self.module, training)
+
+    def iterations(self, training: bool) -> int:
+        return biggan.iterations(self.module, training)
+
     def put(self, weight: Tensor) -> None:
-        self.source.pending = weight
+        self.pending.append(weight)
 
-    def has_weight(self) -> bool:
-        return self.source.pending is not None
-
-    def take_back(self) -> None:
-        self.source.pending = None
+    def keep_sigma(self, sigma: Tensor) -> None:
+        biggan.keep_sigma(self.module, sigma)
 
     def finish(self, weight: Tensor) -> Tensor:
         return weight
-
-    def fold(self) -> None:
-        training = self.module.training
-        with torch.no_grad():
-            self.module.eval()
-            self.module.weight.copy_(self.source())
-            self.module.train(training)
-        self.module.W_ = PlainWeight(self.module)
-
-
-def _is_biggan_style(module: nn.Module) -> bool:
-    return (
-        callable(getattr(module, "W_", None))
-        and all(name in module._buffers for name in ("u0", "sv0"))
-        and all(hasattr(module, name) for name in ("num_svs", "num_itrs", "transpose", "eps"))
-        and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and module.num_svs == 1
-        and (not module.transpose or module.weight.ndim == 2)
-    )
 
 
 def take_over(model: nn.Module) -> None:
@@ -284,17 +196,17 @@ def take_over(model: nn.Module) -> None:
         if type(module) is _TorchParametrization:
             module.__class__ = parametrizations._SpectralNorm
         for hook in module._forward_pre_hooks.values():
-            if type(hook) is _TorchHook:
+            if type(hook) is hooks.TorchHook:
                 hook.__class__ = hooks.SpectralNorm
-        if _is_biggan_style(module) and "W_" not in module.__dict__:
-            module.W_ = BigGanWeight(module)
+        if biggan.is_similar(module):
+            biggan.take_over(module)
 
 
 def find(model: nn.Module) -> Iterator[Layer]:
     """The layers of a model that a grouped call can serve, each once, in the order of its modules.
 
-    Left out are those that a call for many cannot help: 1-D weights, whose norm is exact, and weights
-    that another parametrization has changed before.
+    Left out are those that a call for many cannot help: 1-D weights, whose norm is exact, and
+    weights that another parametrization has changed before.
     """
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
@@ -305,5 +217,5 @@ def find(model: nn.Module) -> Iterator[Layer]:
         for hook in module._forward_pre_hooks.values():
             if type(hook) is hooks.SpectralNorm:
                 yield HookedLayer(path + hook.name, module, hook)
-        if isinstance(module.__dict__.get("W_"), BigGanWeight):
+        if biggan.is_taken_over(module):
             yield BigGanLayer(f"{path}weight", module)

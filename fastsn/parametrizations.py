@@ -1,7 +1,7 @@
 """Drop-in for ``torch.nn.utils.parametrizations.spectral_norm``.
 
-Signature, buffers, iteration order, warm-up, random numbers, checkpoints and errors are torch's; the
-class below *is* a torch ``_SpectralNorm``, with the arithmetic replaced.
+Signature, buffers, iteration order, warm-up, random numbers, checkpoints and errors are torch's;
+the class below *is* a torch ``_SpectralNorm``, with the arithmetic replaced.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def rebuild(module: nn.Module, plain: type[nn.Module]) -> None:
     """
     lists = module._modules.pop("parametrizations")
     module.__class__ = plain
+    modes = {id(child): child.training for child in lists.modules()}  # type: ignore[union-attr]
     for name, old in lists.items():  # type: ignore[union-attr]
         if isinstance(old.original, nn.Parameter):
             module._parameters[name] = old.original
@@ -41,13 +42,37 @@ def rebuild(module: nn.Module, plain: type[nn.Module]) -> None:
         for parametrization in old:
             # unsafe: nothing is evaluated, so that nothing iterates.
             parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+            for child in parametrization.modules():
+                child.training = modes[id(child)]
         module.parametrizations[name].unsafe = old.unsafe
+        module.parametrizations[name].training = old.training
+    module.parametrizations.training = lists.training  # type: ignore[union-attr]
+
+
+def install_shortcut(module: nn.Module, name: str) -> None:
+    """Lets a read of ``module.<name>`` find a pending weight without the way through torch.
+
+    Torch's property calls two modules and catches an exception, which costs more than normalizing a
+    small weight. Everything but the first read after a grouped call still goes that way.
+    """
+    read = getattr(type(module), name)
+    if read.fget.__name__ == "get_pending":
+        return
+
+    def get_pending(self: nn.Module) -> Tensor:
+        norms = self.__dict__["_modules"]["parametrizations"]._modules[name]._modules
+        pending = norms["0"].pending if len(norms) == 1 else ()
+        if pending and not parametrize._cache_enabled:
+            return pending.pop()
+        return read.fget(self)
+
+    setattr(type(module), name, property(get_pending, read.fset))
 
 
 class _SpectralNorm(_TorchSpectralNorm):
-    # Class attributes, so that an object of torch's class becomes one of this by changing its class.
-    method = Method()
-    # The weight that a grouped call has computed for the next read; an accelerated model fills it.
+    # Class attributes: an object of torch's class becomes one of this by changing its class.
+    method = functional.SN
+    # The weight that a grouped call has computed for the next read, in an accelerated model.
     pending: list[Tensor] | tuple[()] = ()
 
     def __init__(
@@ -56,7 +81,7 @@ class _SpectralNorm(_TorchSpectralNorm):
         n_power_iterations: int = 1,
         dim: int = 0,
         eps: float = 1e-12,
-        method: Method = Method(),
+        method: Method = functional.SN,
     ) -> None:
         # Set first: torch's constructor draws u and v and runs the warm-up, which needs it.
         self.method = method
@@ -130,8 +155,8 @@ def spectral_norm(
         W_{SN} = s \, W / \sigma(W), \quad \sigma \approx u^T W v
 
     with W as a matrix of shape (d_dim, product of the others); a 1-D weight becomes
-    ``s * w / max(|w|, eps)`` exactly. With the defaults every number, buffer, checkpoint key, random
-    draw and error is torch's, to rounding.
+    ``s * w / max(|w|, eps)`` exactly. With the defaults every number, buffer, checkpoint key,
+    random draw and error is torch's, to rounding.
 
     In training mode **every read** of ``module.<name>`` performs ``n_power_iterations`` steps (u,
     then v) and updates the buffers ``_u`` and ``_v`` in place; in eval mode none. 15 steps are done

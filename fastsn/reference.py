@@ -154,10 +154,11 @@ def scale(
     for weight, sigma, factor in zip(weights, sigmas, scales, strict=True):
         wide = weight.to(snapshot.dtype)
         # The branch that torch.where leaves out must not divide by zero: its gradient would be NaN.
-        divisor = torch.where(sigma == 0, torch.ones_like(sigma), sigma) if zero_guard else sigma
+        is_guarded = bound or zero_guard
+        divisor = torch.where(sigma == 0, torch.ones_like(sigma), sigma) if is_guarded else sigma
         result = wide * factor / divisor
         if bound:
-            result = torch.where(sigma.abs() <= factor, wide, result)
+            result = torch.where(sigma.real <= factor, wide, result)
         if zero_guard:
             result = torch.where(sigma == 0, wide * factor, result)
         normalized.append(result.to(weight.dtype))

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <memory>
 
 // fastsn::power_ and fastsn::estimate on the CPU.
 //
@@ -98,6 +97,16 @@ void finish(Job<Acc>& job) {
   vectors.scale(y, 1 / b, job.v_first ? job.u : job.v, 0, n);
 }
 
+// A matrix without elements: no tile, no product, norm 0.
+template <typename Acc>
+void finish_empty(Job<Acc>& job) {
+  *job.sigma = 0;
+  if (!job.only_estimates() && !job.zero_guard) {
+    std::fill_n(job.u, job.shape.rows, Acc(0));
+    std::fill_n(job.v, job.cols(), Acc(0));
+  }
+}
+
 template <typename Acc>
 void run_tile(Job<Acc>& job, const Tile& tile) {
   thread_local std::vector<Acc> scratch;
@@ -120,24 +129,25 @@ void run_tile(Job<Acc>& job, const Tile& tile) {
 }
 
 template <typename Acc>
-void run_jobs(std::vector<std::unique_ptr<Job<Acc>>>& jobs, const at::TensorOptions& options) {
+void run_jobs(std::vector<Job<Acc>>& jobs, const at::TensorOptions& options) {
   std::vector<Tile> tiles;
   int64_t workspace_numel = 0;
   int64_t rounds = 0;
   for (size_t e = 0; e < jobs.size(); ++e) {
-    auto& job = *jobs[e];
+    auto& job = jobs[e];
     cut_job(job, static_cast<int64_t>(e), tiles);
     workspace_numel += job.whole_length() + job.n_tiles * job.partial_length();
     rounds = std::max<int64_t>({rounds, job.iterations, 1});
-    // An empty matrix has norm 0 and keeps its vectors.
-    *job.sigma = 0;
+    if (job.numel() == 0) {
+      finish_empty(job);
+    }
   }
   const auto workspace = at::empty({workspace_numel}, options);
   Acc* free = workspace.template mutable_data_ptr<Acc>();
-  for (const auto& job : jobs) {
-    job->whole = free;
-    job->partial = free + job->whole_length();
-    free = job->partial + job->n_tiles * job->partial_length();
+  for (auto& job : jobs) {
+    job.whole = free;
+    job.partial = free + job.whole_length();
+    free = job.partial + job.n_tiles * job.partial_length();
   }
 
   for (int64_t round = 0; round < rounds; ++round) {
@@ -147,24 +157,28 @@ void run_jobs(std::vector<std::unique_ptr<Job<Acc>>>& jobs, const at::TensorOpti
     tiles.erase(
         std::remove_if(
             tiles.begin(), tiles.end(),
-            [&](const Tile& tile) { return is_done(*jobs[tile.item]); }),
+            [&](const Tile& tile) { return is_done(jobs[tile.item]); }),
         tiles.end());
     int64_t numel = 0;
-    for (const auto& job : jobs) {
-      job->tiles_left = job->n_tiles;
-      numel += is_done(*job) ? 0 : job->numel();
+    for (auto& job : jobs) {
+      job.tiles_left = job.n_tiles;
+      numel += is_done(job) ? 0 : job.numel();
     }
-    for_each_tile(tiles, numel, [&](const Tile& tile) { run_tile(*jobs[tile.item], tile); });
+    for_each_tile(tiles, numel, [&](const Tile& tile) { run_tile(jobs[tile.item], tile); });
   }
 }
 
 // Reads `from`, a vector of any dtype, into `to`, element c to position order[c].
 template <typename Acc>
 void read_vector(const at::Tensor& from, Acc* to, const std::vector<int64_t>& order) {
-  const auto source = from.to(c10::CppTypeToScalarType<Acc>::value).contiguous();
-  const Acc* x = source.template const_data_ptr<Acc>();
+  constexpr auto kType = c10::CppTypeToScalarType<Acc>::value;
+  if (from.scalar_type() != kType || !from.is_contiguous()) {
+    read_vector(from.to(kType).contiguous(), to, order);
+    return;
+  }
+  const Acc* x = from.template const_data_ptr<Acc>();
   if (order.empty()) {
-    std::copy_n(x, source.numel(), to);
+    std::copy_n(x, from.numel(), to);
     return;
   }
   for (size_t c = 0; c < order.size(); ++c) {
@@ -223,29 +237,27 @@ at::Tensor run(
   const auto snapshot = at::empty({estimates.snapshot_numel}, options);
   Acc* const data = snapshot.template mutable_data_ptr<Acc>();
 
-  std::vector<std::unique_ptr<Job<Acc>>> jobs;
+  std::vector<Job<Acc>> jobs(count);
   std::vector<std::vector<Acc>> reordered(count);
-  jobs.reserve(count);
   for (size_t e = 0; e < count; ++e) {
     const auto& item = estimates.items[e];
-    auto job = std::make_unique<Job<Acc>>();
-    job->weight = dense[item.layer].const_data_ptr();
-    job->kernels = &kernels<Acc>(dense[item.layer].scalar_type());
-    job->shape = {item.view.outer, item.view.rows, item.view.inner};
-    job->v_first = v_first == item.first;
-    job->iterations = n_power_iterations[item.layer];
-    job->eps = eps;
-    job->zero_guard = zero_guard;
-    job->u = data + item.u;
-    job->v = data + item.v;
-    job->sigma = data + item.sigma;
-    read_vector(u[e], job->u, {});
+    auto& job = jobs[e];
+    job.weight = dense[item.layer].const_data_ptr();
+    job.kernels = &kernels<Acc>(dense[item.layer].scalar_type());
+    job.shape = {item.view.outer, item.view.rows, item.view.inner};
+    job.v_first = v_first == item.first;
+    job.iterations = n_power_iterations[item.layer];
+    job.eps = eps;
+    job.zero_guard = zero_guard;
+    job.u = data + item.u;
+    job.v = data + item.v;
+    job.sigma = data + item.sigma;
+    read_vector(u[e], job.u, {});
     if (!item.view.column_order.empty()) {
       reordered[e].resize(item.view.cols());
-      job->v = reordered[e].data();
+      job.v = reordered[e].data();
     }
-    read_vector(v[e], job->v, item.view.column_order);
-    jobs.push_back(std::move(job));
+    read_vector(v[e], job.v, item.view.column_order);
   }
 
   run_jobs(jobs, options);
@@ -255,7 +267,7 @@ at::Tensor run(
     for (size_t c = 0; c < item.view.column_order.size(); ++c) {
       data[item.v + c] = reordered[e][item.view.column_order[c]];
     }
-    if (jobs[e]->iterations > 0) {
+    if (jobs[e].iterations > 0) {
       write_vector<Acc>(snapshot, item.u, u[e]);
       write_vector<Acc>(snapshot, item.v, v[e]);
     }

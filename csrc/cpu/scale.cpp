@@ -1,5 +1,6 @@
 #include "../estimates.h"
 #include "kernels.h"
+#include "memory.h"
 #include "tiles.h"
 
 #include <ATen/ops/empty_like.h>
@@ -70,7 +71,7 @@ std::vector<at::Tensor> run_scale(
   out.reserve(dense.size());
   jobs.reserve(dense.size());
   for (size_t l = 0; l < dense.size(); ++l) {
-    out.push_back(at::empty_like(dense[l]));
+    out.push_back(empty_result(dense[l]));
     const double sigma = sigma_of(estimates, data, static_cast<int64_t>(l));
     const double factor = factor_of(sigma, scales[l], bound, zero_guard).value;
     jobs.push_back(
@@ -139,7 +140,7 @@ std::vector<at::Tensor> run_backward(
   }
   for (size_t l = 0; l < dense.size(); ++l) {
     auto& job = jobs[l];
-    out.push_back(at::empty_like(dense[l]));
+    out.push_back(empty_result(dense[l]));
     job.kernels = &kernels<Acc>(dense[l].scalar_type());
     job.grad = with_strides_of(grads[l], dense[l]);
     job.weight = dense[l].const_data_ptr();

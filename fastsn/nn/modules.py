@@ -23,7 +23,7 @@ class Normalized:
     ``parametrizations.weight.original``, and checkpoints are those of torch's parametrization.
     """
 
-    plain: type[nn.Module]  # the class of torch.nn that the layer extends
+    plain: type[nn.Module]  # the class of torch.nn that the layer becomes when it is folded
     norm: str
 
     def __init__(
@@ -57,8 +57,8 @@ class Normalized:
             return own
         return f"{own}, {self.parametrizations.weight[0].extra_repr()}"  # type: ignore[attr-defined]
 
-    # A parametrized module has a class of its own, which cannot be pickled, and refuses to try. Here
-    # that class can be made again from what the instance holds.
+    # A parametrized module has a class of its own, which cannot be pickled, and refuses to try.
+    # Here that class can be made again from what the instance holds.
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = parametrize.type_before_parametrizations(self)  # type: ignore[arg-type]
         return _blank, (cls,), self.__dict__.copy()
@@ -214,8 +214,8 @@ class SNEmbedding(Normalized, nn.Embedding):
 class BSNLinear(Normalized, nn.Linear):
     """``nn.Linear`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
 
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both are
-    one and BSN is SN.
+    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both
+    are one and BSN is SN.
 
     Args:
         *args, **kwargs: those of ``nn.Linear``.
@@ -289,7 +289,8 @@ class BSNConv3d(Normalized, nn.Conv3d):
 
 
 class BSNConvTranspose1d(Normalized, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
+    """``nn.ConvTranspose1d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
+    BSSN).
 
     sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
 
@@ -308,7 +309,8 @@ class BSNConvTranspose1d(Normalized, nn.ConvTranspose1d):
 
 
 class BSNConvTranspose2d(Normalized, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
+    """``nn.ConvTranspose2d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
+    BSSN).
 
     sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
 
@@ -327,7 +329,8 @@ class BSNConvTranspose2d(Normalized, nn.ConvTranspose2d):
 
 
 class BSNConvTranspose3d(Normalized, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
+    """``nn.ConvTranspose3d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
+    BSSN).
 
     sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
 
@@ -348,8 +351,8 @@ class BSNConvTranspose3d(Normalized, nn.ConvTranspose3d):
 class BSNEmbedding(Normalized, nn.Embedding):
     """``nn.Embedding`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
 
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both are
-    one and BSN is SN.
+    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both
+    are one and BSN is SN.
 
     Args:
         *args, **kwargs: those of ``nn.Embedding``.

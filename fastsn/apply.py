@@ -1,0 +1,148 @@
+"""``fastsn.apply``: spectral normalization for every layer of a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastsn import biggan, functional, hooks, parametrizations
+from fastsn.grouping import accelerate
+
+__all__ = ["Report", "apply"]
+
+
+@dataclass
+class Report:
+    """What :func:`apply` did: names of weights touched, and of modules skipped with the reason."""
+
+    method: str
+    touched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method} applied to {len(self.touched)} weights, {len(self.skipped)} skipped"
+        ]
+        lines += [f"  + {name}" for name in self.touched]
+        lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+_METHODS = {"sn": "matrix", "bsn": "bidirectional"}
+_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+
+
+def _is_normalized(module: nn.Module) -> bool:
+    return (
+        parametrize.is_parametrized(module, "weight")
+        or any(isinstance(hook, hooks.TorchHook) for hook in module._forward_pre_hooks.values())
+        or biggan.is_similar(module)
+    )
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if _is_normalized(module):
+        return "its weight is normalized or parametrized already"
+    if not isinstance(module, _LAYERS):
+        return f"{type(module).__name__} is no convolution, linear or embedding layer"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "it has no parameter `weight`"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialized: run a forward first"
+    if weight.layout != torch.strided:
+        return f"its weight is {weight.layout}, not dense"
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return f"its weight has type {weight.dtype}"
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold parameters of their own, or did before they were parametrized."""
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        if isinstance(module, _LAYERS) or module._parameters or parametrize.is_parametrized(module):
+            yield name, module
+
+
+def apply(
+    model: nn.Module,
+    method: str = "sn",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    scale: float = 1.0,
+    bound: bool = False,
+    zero_guard: bool = False,
+) -> Report:
+    """Normalizes every layer of a plain model, and accelerates it.
+
+    Convolution, transposed convolution, linear, bilinear and embedding layers get
+    :func:`fastsn.parametrizations.spectral_norm` on their ``weight``. Layers that share a weight
+    get vectors of their own each.
+
+    Args:
+        model: changed in place.
+        method: ``"sn"`` or ``"bsn"``; with ``scale``: SSN, BSSN.
+        filter: which layers; called with the module's name and the module.
+        n_power_iterations, eps, scale, bound, zero_guard: see
+            :func:`fastsn.parametrizations.spectral_norm`.
+
+    Returns:
+        A :class:`Report` of what was touched, and of what was skipped and why; print it.
+
+    Raises:
+        ValueError: an unknown method, or one of the other arguments is not valid. The model is
+            unchanged then.
+
+    Example::
+
+        >>> print(fastsn.apply(discriminator, "bsn", lambda name, module: name != "embed"))
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
+    functional.check_method(_METHODS[method], scale, bound, zero_guard)
+    if n_power_iterations <= 0:
+        raise ValueError(
+            f"Expected n_power_iterations to be positive, but got {n_power_iterations=}"
+        )
+    report = Report(method)
+    chosen = []
+    for name, module in _candidates(model):
+        reason = _why_not(module)
+        if reason is None and filter is not None and not filter(name, module):
+            reason = "the filter left it out"
+        if reason is None:
+            chosen.append((name, module))
+        else:
+            report.skipped[name] = reason
+    for name, module in chosen:
+        parametrizations.spectral_norm(
+            module,
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+            norm=_METHODS[method],
+            scale=scale,
+            bound=bound,
+            zero_guard=zero_guard,
+        )
+        report.touched.append(f"{name}.weight" if name else "weight")
+    accelerate(model)
+    return report

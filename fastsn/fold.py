@@ -1,0 +1,75 @@
+"""``fastsn.fold``: plain layers for inference and export."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastsn import biggan, grouping, hooks, parametrizations
+from fastsn.layers import take_over
+
+T_module = TypeVar("T_module", bound=nn.Module)
+
+
+def fold(model: T_module) -> T_module:
+    """A copy of the model with plain layers that hold the normalized weights, for inference.
+
+    The weights are those of eval mode, each a parameter of its own, also where layers shared one.
+    No power iteration, no division, no u and v are left in the graph or in checkpoints. fastsn's
+    layers become those of ``torch.nn``; layers with torch's spectral norm are folded as well; a
+    weight with further parametrizations keeps their result. The model itself stays as it is.
+
+    Example::
+
+        >>> plain = fastsn.fold(model).eval()
+        >>> torch.export.export(plain, (x,))
+    """
+    folded = copy.deepcopy(model)
+    take_over(folded)
+    for module in folded.modules():
+        grouping.remove(module)
+    for module in list(folded.modules()):
+        _fold_parametrized(module)
+        _fold_hooked(module)
+        if biggan.is_taken_over(module):
+            biggan.fold(module)
+    return folded
+
+
+@torch.no_grad()
+def _fold_parametrized(module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module):
+        return
+    names = [
+        name
+        for name, norms in module.parametrizations.items()
+        if any(isinstance(norm, parametrizations._SpectralNorm) for norm in norms)
+    ]
+    before = parametrize.type_before_parametrizations(module)
+    if names:
+        parametrizations.rebuild(module, before)
+    for name in names:
+        norms = module.parametrizations[name].eval()
+        value = norms()
+        is_parameter = isinstance(norms.original, nn.Parameter)
+        requires_grad = norms.original.requires_grad
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        if is_parameter:
+            setattr(module, name, nn.Parameter(value, requires_grad))
+        else:
+            setattr(module, name, value)
+    # A subclass of one of fastsn's layers is somebody else's and stays.
+    if not parametrize.is_parametrized(module) and "plain" in type(module).__dict__:
+        module.__class__ = type(module).__dict__["plain"]
+
+
+def _fold_hooked(module: nn.Module) -> None:
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, hooks.SpectralNorm):
+            requires_grad = getattr(module, f"{hook.name}_orig").requires_grad
+            hooks.remove_spectral_norm(module, hook.name)
+            getattr(module, hook.name).requires_grad_(requires_grad)

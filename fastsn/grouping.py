@@ -1,0 +1,250 @@
+"""The layers of a whole model in one call, and the calls that users make for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsn import functional, parametrizations, reference
+from fastsn.functional import Call
+from fastsn.layers import Layer, ParametrizedLayer, find, take_over
+
+__all__ = ["accelerate", "refresh", "sigmas"]
+
+T_module = TypeVar("T_module", bound=nn.Module)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Batch(NamedTuple):
+    """Layers that one call of the operators serves, and the constants of that call."""
+
+    layers: list[Layer]
+    call: Call
+
+    def run(self, weights: list[Tensor]) -> list[Tensor]:
+        """The normalized weights; iterates as the layers' modes say."""
+        u: list[Tensor] = []
+        v: list[Tensor] = []
+        iterations: list[int] = []
+        for layer in self.layers:
+            training = layer.is_training()
+            own_u, own_v = layer.vectors(training)
+            u += own_u
+            v += own_v
+            iterations.append(layer.iterations(training))
+        normalized, snapshot = functional.normalize(self.call, weights, u, v, iterations)
+        if any(layer.keeps_sigma for layer in self.layers):
+            sigmas = reference.sigmas_of(snapshot, self.call.layers)
+            for layer, sigma in zip(self.layers, sigmas, strict=True):
+                if layer.keeps_sigma and layer.is_training():
+                    layer.keep_sigma(sigma)
+        return normalized
+
+    def sigmas(self, weights: list[Tensor]) -> list[Tensor]:
+        """The sigma of every layer that a forward in eval mode would use; changes nothing."""
+        u: list[Tensor] = []
+        v: list[Tensor] = []
+        for layer in self.layers:
+            own_u, own_v = layer.vectors(training=False)
+            u += own_u
+            v += own_v
+        iterations = [layer.iterations(training=False) for layer in self.layers]
+        snapshot = functional.iterate(self.call, weights, u, v, iterations)
+        return reference.sigmas_of(snapshot, self.call.layers)
+
+
+Kind = tuple[torch.device, torch.dtype]
+Planned = list[tuple[Batch, list[Tensor]]]
+
+
+def _plan(layers: Iterable[Layer]) -> list[Batch]:
+    """The layers sorted into as few calls as their devices, types and constants allow."""
+    found: dict[tuple[Any, ...], list[tuple[Layer, Call]]] = {}
+    for layer in layers:
+        call, weight = layer.call(), layer.weight()
+        assert weight is not None, "a layer that was just found has its weight"
+        kind = (weight.device, reference.accumulate_type(weight))
+        key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard)
+        found.setdefault(key, []).append((layer, call))
+    batches = []
+    for members in found.values():
+        call = members[0][1]._replace(
+            layers=[i for i, (_, own) in enumerate(members) for _ in own.layers],
+            dims=[dim for _, own in members for dim in own.dims],
+            scales=[scale for _, own in members for scale in own.scales],
+        )
+        batches.append(Batch([layer for layer, _ in members], call))
+    return batches
+
+
+class Group:
+    """All layers below one root module. As hooks of the root it serves each of its forwards."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._find()
+
+    def _find(self) -> None:
+        self.layers = list(find(self.root))
+        self._batches = _plan(self.layers)
+        self._kinds = [_kind(layer.weight()) for batch in self._batches for layer in batch.layers]
+        for layer in self.layers:
+            if isinstance(layer, ParametrizedLayer):
+                parametrizations.install_shortcut(layer.module, layer.tensor_name)
+
+    # A copy has layers of its own, which it finds when they are all there.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "layers": [], "_batches": [], "_kinds": [None]}
+
+    def batches(self) -> Planned:
+        """The calls to make and their weights, planned anew when layers came, went or changed."""
+        planned = [(batch, [layer.weight() for layer in batch.layers]) for batch in self._batches]
+        if [_kind(weight) for _, weights in planned for weight in weights] != self._kinds:
+            self._find()
+            planned = [
+                (batch, [layer.weight() for layer in batch.layers]) for batch in self._batches
+            ]
+        return planned  # type: ignore[return-value]  # a weight that is None changes the kinds
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the root: computes all weights and hands them to the layers."""
+        # A replica of DataParallel shares this hook but not its layers; they serve themselves. So
+        # do those of a root within another accelerated root, which has served them already.
+        if module is not self.root or any(layer.pending for layer in self.layers):
+            return
+        for batch, weights in self.batches():
+            for layer, weight in zip(batch.layers, batch.run(weights), strict=True):
+                layer.put(weight)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the root: a weight that nothing has read must not be read later."""
+        if module is self.root:
+            for layer in self.layers:
+                if layer.pending:
+                    layer.pending.clear()
+
+
+def _kind(weight: Tensor | None) -> Kind | None:
+    return None if weight is None else (weight.device, weight.dtype)
+
+
+def _groups(module: nn.Module) -> list[tuple[dict[int, Any], int, Group]]:
+    """The groups hooked to this very module, each with the dictionary and key of its hook."""
+    return [
+        (registered, key, hook.__self__)
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in registered.items()
+        if isinstance(getattr(hook, "__self__", None), Group)
+    ]
+
+
+def remove(module: nn.Module) -> None:
+    """Takes back what :func:`accelerate` did to this very module: its layers serve themselves."""
+    for registered, key, _ in _groups(module):
+        del registered[key]
+        module._forward_hooks_always_called.pop(key, None)
+
+
+def _batches_of(model: nn.Module) -> Planned:
+    for _, _, group in _groups(model):
+        if group.root is model:
+            return group.batches()
+    return [
+        (batch, [layer.weight() for layer in batch.layers])  # type: ignore[misc]
+        for batch in _plan(find(model))
+    ]
+
+
+def accelerate(model: T_module) -> T_module:
+    """Serves all spectrally normalized weights of a model by one fused call per forward.
+
+    Takes over, in place, the layers that carry ``torch.nn.utils.spectral_norm``,
+    ``torch.nn.utils.parametrizations.spectral_norm``, fastsn's own, or a ``W_()`` method as in
+    BigGAN-PyTorch. Numbers, buffers, parameters and checkpoint keys stay what they were, to
+    rounding.
+
+    Each forward of ``model`` computes the normalized weights of all layers below it at once, one
+    power iteration step as configured in training mode, none in eval mode, and the first read of a
+    layer's weight in that forward finds it. Every other read computes by itself, as before: a layer
+    used a second time in the same forward (torch iterates for each use), a sub-module called on its
+    own, a weight read outside. Two forwards before one backward are safe. The one difference from
+    torch: a layer that a forward does not use iterates too. Calling ``accelerate`` again takes in
+    layers that were added since.
+
+    Args:
+        model: the module whose forward is called in training, for example a discriminator. Of a
+            ``DataParallel`` or ``DistributedDataParallel``, the module within is accelerated.
+
+    Returns:
+        The model itself.
+
+    Warns:
+        UserWarning: no layer was found.
+
+    Example::
+
+        >>> from torch.nn.utils.parametrizations import spectral_norm
+        >>> model = nn.Sequential(spectral_norm(nn.Conv2d(3, 64, 3)), nn.ReLU(), nn.Flatten(),
+        ...                       spectral_norm(nn.Linear(64, 1)))
+        >>> model = fastsn.accelerate(model)
+    """
+    if isinstance(model, _WRAPPERS):
+        accelerate(model.module)
+        return model
+    take_over(model)
+    remove(model)
+    group = Group(model)
+    if not group.layers:
+        warnings.warn(
+            f"fastsn.accelerate found no layer with spectral norm in {type(model).__name__}",
+            stacklevel=2,
+        )
+    model.register_forward_pre_hook(group.before, prepend=True)
+    model.register_forward_hook(group.after, always_call=True)
+    return model
+
+
+def refresh(model: nn.Module) -> dict[str, Tensor]:
+    """All normalized weights of a model at once, with their graph.
+
+    The call that :func:`accelerate` makes for each forward: in training mode every layer iterates,
+    in eval mode none does.
+
+    Returns:
+        ``{"conv1.weight": normalized weight, ...}``, for fastsn's layers and those taken over.
+
+    Example::
+
+        >>> weights = fastsn.refresh(model)
+        >>> penalty = sum(w.square().sum() for w in weights.values())
+    """
+    return {
+        layer.name: layer.finish(weight)
+        for batch, weights in _batches_of(model)
+        for layer, weight in zip(batch.layers, batch.run(weights), strict=True)
+    }
+
+
+@torch.no_grad()
+def sigmas(model: nn.Module) -> dict[str, Tensor]:
+    """The present estimate of sigma of every layer, without iterating or waiting for a device.
+
+    sigma = u^T M v with the present weight and the u, v of the last forward (BSN: the mean over
+    both matrices): what a forward in eval mode divides by.
+
+    Returns:
+        ``{"conv1.weight": 0-d tensor, ...}`` in fp32 or wider, without gradient.
+
+    Example::
+
+        >>> {name: float(sigma) for name, sigma in fastsn.sigmas(model).items()}
+    """
+    return {
+        layer.name: sigma
+        for batch, weights in _batches_of(model)
+        for layer, sigma in zip(batch.layers, batch.sigmas(weights), strict=True)
+    }
