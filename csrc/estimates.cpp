@@ -94,8 +94,9 @@ Estimates describe(at::TensorList weights, at::IntArrayRef layers, at::IntArrayR
     estimates.items.push_back({layer, first, std::move(view), u, v, 0});
   }
   TORCH_CHECK(
-      estimates.first_of_layer.size() == weights.size(), "fastsn: layers must name every one of the ",
-      weights.size(), " weights in ascending order, got ", layers);
+      estimates.first_of_layer.size() == weights.size(),
+      "fastsn: layers must name every one of the ", weights.size(),
+      " weights in ascending order, got ", layers);
   estimates.first_of_layer.push_back(static_cast<int64_t>(layers.size()));
   for (auto& item : estimates.items) {
     item.sigma = estimates.snapshot_numel++;

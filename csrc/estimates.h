@@ -36,7 +36,8 @@ struct Estimate {
 // one sigma per estimate.
 struct Estimates {
   std::vector<Estimate> items;
-  std::vector<int64_t> first_of_layer;  // items of layer l: [first_of_layer[l], first_of_layer[l+1])
+  std::vector<int64_t>
+      first_of_layer;  // items of layer l: [first_of_layer[l], first_of_layer[l+1])
   int64_t snapshot_numel = 0;
 };
 
@@ -44,8 +45,8 @@ struct Estimates {
 // `weights` must be dense.
 Estimates describe(at::TensorList weights, at::IntArrayRef layers, at::IntArrayRef dims);
 
-// Every weight dense and non-overlapping: itself where it is, a copy with the strides of at::empty_like
-// where not.
+// Every weight dense and non-overlapping: itself where it is, a copy with the strides of
+// at::empty_like where not.
 std::vector<at::Tensor> as_dense(at::TensorList weights);
 
 // fp64 for fp64 weights, fp32 for everything narrower.

@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 // Shapes: weights[l] any shape; estimate e matricizes weights[layers[e]] along dims[e] into
-// (rows_e, cols_e); u[e] is (rows_e,), v[e] is (cols_e,). A snapshot is one flat fp32 (fp64 for fp64
-// weights) tensor: u and v of every estimate in turn, then one sigma per estimate.
+// (rows_e, cols_e); u[e] is (rows_e,), v[e] is (cols_e,). A snapshot is one flat fp32 (fp64 for
+// fp64 weights) tensor: u and v of every estimate in turn, then one sigma per estimate.
 //
 // The split in two is what makes the pair functionalize: an operator that mutates and returns
 // Tensor[] cannot. Gradients flow through `scale` alone, which reads the snapshot and never the

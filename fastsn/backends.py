@@ -54,7 +54,10 @@ def select(weights: Sequence[Tensor]) -> ModuleType:
         return reference if _why_not_for("cpp", weights[0]) else ops
     reason = _why_not_for(_forced, weights[0])
     if reason:
-        raise RuntimeError(f"fastsn back-end {_forced!r} was asked for, but {reason}")
+        possible = [name for name in NAMES if _why_not_for(name, weights[0]) is None]
+        raise RuntimeError(
+            f"fastsn back-end {_forced!r} was asked for, but {reason}; these can serve: {possible}"
+        )
     return reference if _forced == "reference" else ops
 
 

@@ -12,6 +12,7 @@ the replicas of ``DataParallel`` it would refer to the original.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,41 @@ from torch import Tensor, nn
 from fastsn import functional
 from fastsn.functional import Call
 
-_PENDING = "_fastsn_pending"  # marks an instance as taken over
-_FOLDED = "_fastsn_folded"
+_STATE = "_fastsn_state"
 
 
-def is_similar(module: nn.Module) -> bool:
+class State:
+    """What marks an instance as taken over. Unpickling it replaces ``W_`` in its class again."""
+
+    def __init__(self, owner: type, is_folded: bool = False) -> None:
+        _replace(owner)
+        self.owner = owner
+        self.is_folded = is_folded
+        self.pending: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self.owner, self.is_folded)
+
+
+def _replace(owner: Any) -> None:
+    original = owner.__dict__["W_"]
+    if hasattr(original, "_is_fastsn"):
+        return
+
+    @functools.wraps(original)
+    def W_(self: Any) -> Tensor:
+        state = self.__dict__.get(_STATE)
+        if state is None:
+            return original(self)
+        return self.weight if state.is_folded else normalized_weight(self)
+
+    W_._is_fastsn = True  # type: ignore[attr-defined]
+    owner.W_ = W_
+
+
+def is_similar(module: Any) -> bool:
     """Whether the layer is written in this way, with one singular value of a matrix as needed."""
-    return (
+    return bool(
         callable(getattr(module, "W_", None))
         and all(name in module._buffers for name in ("u0", "sv0"))
         and all(hasattr(module, name) for name in ("num_svs", "num_itrs", "transpose", "eps"))
@@ -35,45 +64,36 @@ def is_similar(module: nn.Module) -> bool:
     )
 
 
-def is_taken_over(module: nn.Module) -> bool:
-    """Whether :func:`take_over` was called on it."""
-    return _PENDING in module.__dict__
+def is_taken_over(module: Any) -> bool:
+    """Whether fastsn computes its weight."""
+    state = module.__dict__.get(_STATE)
+    return state is not None and not state.is_folded
 
 
-def pending(module: nn.Module) -> list[Tensor]:
+def pending(module: Any) -> list[Tensor]:
     """Where a grouped call leaves the weight for the next read."""
-    return module.__dict__[_PENDING]
+    return module.__dict__[_STATE].pending
 
 
-def take_over(module: nn.Module) -> None:
+def take_over(module: Any) -> None:
     """Makes fastsn compute the layer's weight from now on."""
-    owner = next(cls for cls in type(module).__mro__ if "W_" in cls.__dict__)
-    original = owner.__dict__["W_"]
-    if not hasattr(original, "_is_fastsn"):
-
-        @functools.wraps(original)
-        def W_(self: nn.Module) -> Tensor:
-            if _FOLDED in self.__dict__:
-                return self.weight
-            return normalized_weight(self) if is_taken_over(self) else original(self)
-
-        W_._is_fastsn = True  # type: ignore[attr-defined]
-        owner.W_ = W_  # type: ignore[attr-defined]
-    module.__dict__.setdefault(_PENDING, [])
+    if _STATE not in module.__dict__:
+        owner = next(cls for cls in type(module).__mro__ if "W_" in cls.__dict__)
+        module.__dict__[_STATE] = State(owner)
 
 
-def fold(module: nn.Module) -> None:
+def fold(module: Any) -> None:
     """Makes the normalized weight, as eval mode computes it, the layer's plain weight."""
     was_training = module.training
     with torch.no_grad():
         normalized = normalized_weight(module.eval())
     module.train(was_training)
     module.weight = nn.Parameter(normalized, requires_grad=module.weight.requires_grad)
-    del module.__dict__[_PENDING], module._buffers["u0"], module._buffers["sv0"]
-    module.__dict__[_FOLDED] = True
+    del module._buffers["u0"], module._buffers["sv0"]
+    module.__dict__[_STATE].is_folded = True
 
 
-def normalized_weight(module: nn.Module) -> Tensor:
+def normalized_weight(module: Any) -> Tensor:
     """What ``W_`` returns: the pending weight, or one computed for this layer alone."""
     if pending(module):
         return pending(module).pop()
@@ -85,24 +105,24 @@ def normalized_weight(module: nn.Module) -> Tensor:
     return normalized[0]
 
 
-def call(module: nn.Module) -> Call:
+def call(module: Any) -> Call:
     """The constants of a call for this layer alone."""
     dims = [(1 if module.transpose else 0,)]
     return functional.make_call(dims, [1.0], module.eps, True, False, False)
 
 
-def vectors(module: nn.Module, training: bool) -> tuple[list[Tensor], list[Tensor]]:
+def vectors(module: Any, training: bool) -> tuple[list[Tensor], list[Tensor]]:
     """u, to be updated in place when training, and room for v, which is not kept."""
     u = module.u0[0] if training else module.u0[0].clone()
     return [u], [u.new_empty(module.weight.numel() // u.numel())]
 
 
-def iterations(module: nn.Module, training: bool) -> int:
+def iterations(module: Any, training: bool) -> int:
     """Steps per forward: outside training each of them starts from the same u."""
     return module.num_itrs if training else 1
 
 
 @torch.no_grad()
-def keep_sigma(module: nn.Module, sigma: Tensor) -> None:
+def keep_sigma(module: Any, sigma: Tensor) -> None:
     """Writes ``sv0``."""
     module.sv0.copy_(sigma)

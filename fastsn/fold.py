@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def fold(model: T_module) -> T_module:
 
 
 @torch.no_grad()
-def _fold_parametrized(module: nn.Module) -> None:
+def _fold_parametrized(module: Any) -> None:
     if not parametrize.is_parametrized(module):
         return
     names = [

@@ -158,7 +158,9 @@ def _as_list(value: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
 
 
 def _check_weight(weight: Tensor, dim: int, where: str) -> int:
-    if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{where} must be a Tensor, got {weight!r}")
+    if isinstance(weight, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         raise ValueError(f"{where} must be initialized, got an uninitialized parameter")
     if weight.dtype not in _DTYPES:
         raise TypeError(f"{where} must have one of the types {_DTYPES}, got {weight.dtype}")
@@ -240,9 +242,9 @@ def spectral_norm(
 
         >>> w = torch.randn(64, 32, 3, 3, requires_grad=True)
         >>> u, v = fastsn.functional.init_vectors(w)
-        >>> normalized, sigma = fastsn.functional.spectral_norm(w, u, v, n_power_iterations=30)
-        >>> torch.linalg.matrix_norm(normalized.flatten(1), 2)
-        tensor(1.0000, grad_fn=...)
+        >>> normalized, sigma = fastsn.functional.spectral_norm(w, u, v, n_power_iterations=500)
+        >>> print(f"{torch.linalg.matrix_norm(normalized.flatten(1), 2):.3f}")
+        1.000
 
     Source: Miyato et al., ICLR 2018 (arXiv 1802.05957); bidirectional and scaled: Lin, Sekar,
     Fanti, NeurIPS 2021 (arXiv 2009.02773).
@@ -255,7 +257,7 @@ def spectral_norm(
             f"Expected n_power_iterations to be non-negative, but got {n_power_iterations=}"
         )
     weights, us, vs = _as_list(weight, "weight"), _as_list(u, "u"), _as_list(v, "v")
-    per_weight = [dim] * len(weights) if not isinstance(dim, list | tuple) else list(dim)
+    per_weight: list[int] = list(dim) if isinstance(dim, list | tuple) else [dim] * len(weights)  # type: ignore[list-item]
     if not all(isinstance(d, int) for d in per_weight):
         raise TypeError(f"dim must be an int or a list of ints, got {dim!r}")
     if not weights or len(per_weight) != len(weights):
@@ -316,7 +318,8 @@ def init_vectors(
     """
     check_method(norm)
     dim = _check_weight(weight, dim, "weight")
-    u, v = [], []
+    u: list[Tensor] = []
+    v: list[Tensor] = []
     for d in estimate_dims(weight.shape, dim, norm):
         for length, vectors in zip(
             reference.to_matrix(weight.detach(), d).shape, (u, v), strict=True

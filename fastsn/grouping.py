@@ -24,6 +24,7 @@ class Batch(NamedTuple):
 
     layers: list[Layer]
     call: Call
+    keeps_sigma: bool
 
     def run(self, weights: list[Tensor]) -> list[Tensor]:
         """The normalized weights; iterates as the layers' modes say."""
@@ -37,10 +38,10 @@ class Batch(NamedTuple):
             v += own_v
             iterations.append(layer.iterations(training))
         normalized, snapshot = functional.normalize(self.call, weights, u, v, iterations)
-        if any(layer.keeps_sigma for layer in self.layers):
+        if self.keeps_sigma:
             sigmas = reference.sigmas_of(snapshot, self.call.layers)
             for layer, sigma in zip(self.layers, sigmas, strict=True):
-                if layer.keeps_sigma and layer.is_training():
+                if layer.is_training():
                     layer.keep_sigma(sigma)
         return normalized
 
@@ -77,7 +78,8 @@ def _plan(layers: Iterable[Layer]) -> list[Batch]:
             dims=[dim for _, own in members for dim in own.dims],
             scales=[scale for _, own in members for scale in own.scales],
         )
-        batches.append(Batch([layer for layer, _ in members], call))
+        keeps_sigma = any(layer.keeps_sigma for layer, _ in members)
+        batches.append(Batch([layer for layer, _ in members], call, keeps_sigma))
     return batches
 
 
@@ -134,12 +136,14 @@ def _kind(weight: Tensor | None) -> Kind | None:
 
 def _groups(module: nn.Module) -> list[tuple[dict[int, Any], int, Group]]:
     """The groups hooked to this very module, each with the dictionary and key of its hook."""
-    return [
-        (registered, key, hook.__self__)
-        for registered in (module._forward_pre_hooks, module._forward_hooks)
-        for key, hook in registered.items()
-        if isinstance(getattr(hook, "__self__", None), Group)
-    ]
+    found = []
+    registered: dict[int, Any]
+    for registered in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in registered.items():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Group):
+                found.append((registered, key, owner))
+    return found
 
 
 def remove(module: nn.Module) -> None:

@@ -50,7 +50,7 @@ class SpectralNorm(TorchHook):
     _pending: list[bool] | tuple[()] = ()
 
     @classmethod
-    def apply(  # type: ignore[override]  # torch's is a staticmethod: the calls look the same
+    def apply(
         cls,
         module: nn.Module,
         name: str,
@@ -60,7 +60,7 @@ class SpectralNorm(TorchHook):
         method: Method = functional.SN,
     ) -> SpectralNorm:
         """Registers the hook; see :func:`spectral_norm` for what can go wrong."""
-        hook = TorchHook.apply(module, name, n_power_iterations, dim, eps)
+        hook: Any = TorchHook.apply(module, name, n_power_iterations, dim, eps)
         hook.__class__ = cls
         hook.method = method
         weight = getattr(module, f"{name}_orig")
@@ -89,6 +89,9 @@ class SpectralNorm(TorchHook):
 
         u and v are updated in place, in the buffers' own storage: ``DataParallel`` relies on it.
         """
+        if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
+            # A subclass with a matrix of its own: only torch's formula knows no more than that.
+            return super().compute_weight(module, do_power_iteration)
         weight = getattr(module, f"{self.name}_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
         u, v = self.vectors(module)
@@ -219,4 +222,11 @@ def remove_spectral_norm(module: T_module, name: str = "weight") -> T_module:
         >>> fastsn.remove_spectral_norm(layer)
         Linear(in_features=40, out_features=10, bias=True)
     """
-    return _torch_remove(module, name)
+    _torch_remove(module, name)
+    # torch looks for this hook but not within the wrapper that registration puts around it; left
+    # behind, it would demand the old keys of every checkpoint.
+    for key, registered in list(module._load_state_dict_pre_hooks.items()):
+        hook = getattr(registered, "hook", registered)
+        if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn.name == name:
+            del module._load_state_dict_pre_hooks[key]
+    return module

@@ -28,7 +28,7 @@ class Layer(Protocol):
     """One normalized weight of a model, ready for a grouped call."""
 
     name: str  # of the weight, such as "conv1.weight"
-    module: nn.Module
+    module: Any
     pending: list[Any]  # not empty between :meth:`put` and the read that finds the weight
     keeps_sigma: bool
 
@@ -51,7 +51,7 @@ class Layer(Protocol):
         """Hands the layer its normalized weight for the next read."""
 
     def keep_sigma(self, sigma: Tensor) -> None:
-        """Takes note of the sigma of a forward in training mode, if ``keeps_sigma``."""
+        """Takes note of the sigma of a forward in training mode; few forms do."""
 
     def finish(self, weight: Tensor) -> Tensor:
         """What a read returns, out of the normalized weight."""
@@ -62,12 +62,12 @@ class ParametrizedLayer:
 
     keeps_sigma = False
 
-    def __init__(self, name: str, module: nn.Module, tensor_name: str) -> None:
+    def __init__(self, name: str, module: Any, tensor_name: str) -> None:
         self.name = name
         self.module = module
         self.tensor_name = tensor_name
-        self.list = module.parametrizations[tensor_name]
-        self.norm = self.list[0]
+        self.list: Any = module.parametrizations[tensor_name]
+        self.norm: Any = self.list[0]
         if not isinstance(self.norm.pending, list):
             self.norm.pending = []
         self.pending = self.norm.pending
@@ -105,8 +105,9 @@ class ParametrizedLayer:
         pass
 
     def finish(self, weight: Tensor) -> Tensor:
-        for later in list(self.list)[1:]:
-            weight = later(weight)
+        if len(self.list._modules) > 1:
+            for later in list(self.list)[1:]:
+                weight = later(weight)
         return weight
 
 
@@ -115,7 +116,7 @@ class HookedLayer:
 
     keeps_sigma = False
 
-    def __init__(self, name: str, module: nn.Module, hook: hooks.SpectralNorm) -> None:
+    def __init__(self, name: str, module: Any, hook: hooks.SpectralNorm) -> None:
         self.name = name
         self.module = module
         self.hook = hook
@@ -157,7 +158,7 @@ class BigGanLayer:
 
     keeps_sigma = True
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
         self.pending = biggan.pending(module)
@@ -208,6 +209,7 @@ def find(model: nn.Module) -> Iterator[Layer]:
     Left out are those that a call for many cannot help: 1-D weights, whose norm is exact, and
     weights that another parametrization has changed before.
     """
+    module: Any
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
         if parametrize.is_parametrized(module):

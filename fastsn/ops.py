@@ -38,20 +38,20 @@ def _results_like(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.library.register_fake("fastsn::power_")
-def _(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard):
+def _(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard):  # type: ignore[no-untyped-def]
     return _snapshot_like(weights, layers, dims)
 
 
 @torch.library.register_fake("fastsn::estimate")
-def _(weights, u, v, layers, dims):
+def _(weights, u, v, layers, dims):  # type: ignore[no-untyped-def]
     return _snapshot_like(weights, layers, dims)
 
 
 @torch.library.register_fake("fastsn::scale")
-def _(weights, snapshot, layers, dims, scales, bound, zero_guard):
+def _(weights, snapshot, layers, dims, scales, bound, zero_guard):  # type: ignore[no-untyped-def]
     return _results_like(weights)
 
 
 @torch.library.register_fake("fastsn::scale_backward")
-def _(grads, weights, snapshot, layers, dims, scales, bound, zero_guard):
+def _(grads, weights, snapshot, layers, dims, scales, bound, zero_guard):  # type: ignore[no-untyped-def]
     return _results_like(weights)

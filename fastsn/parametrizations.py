@@ -6,6 +6,8 @@ the class below *is* a torch ``_SpectralNorm``, with the arithmetic replaced.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -25,7 +27,7 @@ def default_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _TRANSPOSED) else 0
 
 
-def rebuild(module: nn.Module, plain: type[nn.Module]) -> None:
+def rebuild(module: Any, plain: type[nn.Module]) -> None:
     """Gives a parametrized module a parametrized class of its own, made from its class before.
 
     A copy shares the class of what it was copied from, and removing a parametrization takes the
@@ -33,8 +35,8 @@ def rebuild(module: nn.Module, plain: type[nn.Module]) -> None:
     """
     lists = module._modules.pop("parametrizations")
     module.__class__ = plain
-    modes = {id(child): child.training for child in lists.modules()}  # type: ignore[union-attr]
-    for name, old in lists.items():  # type: ignore[union-attr]
+    modes = {id(child): child.training for child in lists.modules()}
+    for name, old in lists.items():
         if isinstance(old.original, nn.Parameter):
             module._parameters[name] = old.original
         else:
@@ -46,7 +48,7 @@ def rebuild(module: nn.Module, plain: type[nn.Module]) -> None:
                 child.training = modes[id(child)]
         module.parametrizations[name].unsafe = old.unsafe
         module.parametrizations[name].training = old.training
-    module.parametrizations.training = lists.training  # type: ignore[union-attr]
+    module.parametrizations.training = lists.training
 
 
 def install_shortcut(module: nn.Module, name: str) -> None:
@@ -94,7 +96,7 @@ class _SpectralNorm(_TorchSpectralNorm):
 
     def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
         """(u, v), one of each per estimate."""
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers
         if "_u2" in buffers:
             return [buffers["_u"], buffers["_u2"]], [buffers["_v"], buffers["_v2"]]
         return [buffers["_u"]], [buffers["_v"]]

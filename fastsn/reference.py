@@ -79,7 +79,7 @@ def power_(
     sigmas: list[Tensor] = []
     with torch.no_grad():
         for e, (layer, dim) in enumerate(zip(layers, dims, strict=True)):
-            weight = weights[layer]
+            weight = weights[layer].detach()  # forward-mode derivatives heed no no_grad()
             matrix = to_matrix(weight, dim).to(accumulate_type(weight))
             new_u, new_v = u[e].to(matrix.dtype), v[e].to(matrix.dtype)
             sigma = torch.vdot(new_u, matrix @ new_v)
@@ -130,6 +130,17 @@ def sigmas_of(snapshot: Tensor, layers: Sequence[int]) -> list[Tensor]:
     return [own[0] if len(own) == 1 else torch.stack(own).mean() for own in sigmas]
 
 
+def _slopes(
+    weights: Sequence[Tensor], snapshot: Tensor, layers: Sequence[int], dims: Sequence[int]
+) -> list[Tensor]:
+    """d sigma / d W of every layer, in its shape: the mean over its estimates of ``u v^H``."""
+    found: list[list[Tensor]] = [[] for _ in weights]
+    uv = vectors_of(weights, snapshot, layers, dims)
+    for layer, dim, (u, v) in zip(layers, dims, uv, strict=True):
+        found[layer].append(from_matrix(torch.outer(u, v.conj()), weights[layer].shape, dim))
+    return [torch.stack(own).mean(0) for own in found]
+
+
 def scale(
     weights: Sequence[Tensor],
     snapshot: Tensor,
@@ -143,16 +154,11 @@ def scale(
 
     ``bound``: ``min(1, scale / sigma) * W``. ``zero_guard``: where sigma is 0, ``scale * W``.
     """
-    sigmas: list[Tensor | float] = [0.0] * len(weights)
-    counts = [layers.count(layer) for layer in range(len(weights))]
-    uv = vectors_of(weights, snapshot, layers, dims)
-    for layer, dim, (u, v) in zip(layers, dims, uv, strict=True):
-        matrix = to_matrix(weights[layer], dim).to(snapshot.dtype)
-        sigmas[layer] = sigmas[layer] + torch.vdot(u, matrix @ v) / counts[layer]
-
+    slopes = _slopes(weights, snapshot, layers, dims)
     normalized = []
-    for weight, sigma, factor in zip(weights, sigmas, scales, strict=True):
+    for weight, slope, factor in zip(weights, slopes, scales, strict=True):
         wide = weight.to(snapshot.dtype)
+        sigma = (slope.conj() * wide).sum()
         # The branch that torch.where leaves out must not divide by zero: its gradient would be NaN.
         is_guarded = bound or zero_guard
         divisor = torch.where(sigma == 0, torch.ones_like(sigma), sigma) if is_guarded else sigma
@@ -181,12 +187,7 @@ def scale_backward(
     ``u v^T``; where a bound is slack ``dW = G``, where zero_guard steps in ``dW = s G``.
     Real weights only.
     """
-    slopes: list[Tensor | float] = [0.0] * len(weights)
-    uv = vectors_of(weights, snapshot, layers, dims)
-    for layer, dim, (u, v) in zip(layers, dims, uv, strict=True):
-        outer = from_matrix(torch.outer(u, v), weights[layer].shape, dim)
-        slopes[layer] = slopes[layer] + outer / layers.count(layer)
-
+    slopes = _slopes(weights, snapshot, layers, dims)
     result = []
     sigmas = sigmas_of(snapshot, layers)
     for grad, weight, slope, sigma, s in zip(grads, weights, slopes, sigmas, scales, strict=True):

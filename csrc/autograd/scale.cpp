@@ -4,7 +4,11 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 // Gradients of fastsn::scale, with u and v constant as in torch and in Miyato et al. (2018).
 namespace fastsn {
@@ -25,8 +29,9 @@ at::Tensor outer_product(
   return u.outer(v).view(moved).movedim(0, dim);
 }
 
-// scale_backward out of differentiable operations, for create_graph.
-std::vector<at::Tensor> differentiable_backward(
+// scale_backward out of operations that torch differentiates and batches, for create_graph and
+// is_grads_batched.
+std::vector<at::Tensor> composite_backward(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
@@ -64,45 +69,54 @@ std::vector<at::Tensor> differentiable_backward(
   return result;
 }
 
-// The arguments of a call for some of its layers only.
-struct Selection {
+// What the backward needs of the layers that it has not been through yet.
+struct Saved {
+  std::vector<int64_t> positions;  // of these layers among the inputs and outputs of the node
   variable_list weights;
-  variable_list grads;
+  std::vector<int64_t> versions;
   at::Tensor snapshot;
   std::vector<int64_t> layers;
   std::vector<int64_t> dims;
   std::vector<double> scales;
 };
 
-Selection select(
-    const variable_list& grads, const variable_list& weights, const at::Tensor& snapshot,
-    const std::vector<int64_t>& layers, const std::vector<int64_t>& dims,
-    const std::vector<double>& scales, const std::vector<size_t>& wanted) {
-  const auto estimates = describe(as_dense(weights), layers, dims);
-  Selection part;
+Saved select(const Saved& saved, const std::vector<size_t>& chosen) {
+  if (chosen.size() == saved.weights.size()) {
+    return saved;
+  }
+  Saved part;
+  if (chosen.empty()) {
+    return part;
+  }
+  const auto estimates = describe(as_dense(saved.weights), saved.layers, saved.dims);
   variable_list vectors;
   variable_list sigmas;
-  for (const size_t l : wanted) {
+  for (const size_t l : chosen) {
     for (int64_t e = estimates.first_of_layer[l]; e < estimates.first_of_layer[l + 1]; ++e) {
       const auto& item = estimates.items[e];
-      vectors.push_back(snapshot.narrow(0, item.u, item.view.rows + item.view.cols()));
-      sigmas.push_back(snapshot.narrow(0, item.sigma, 1));
+      vectors.push_back(saved.snapshot.narrow(0, item.u, item.view.rows + item.view.cols()));
+      sigmas.push_back(saved.snapshot.narrow(0, item.sigma, 1));
       part.layers.push_back(static_cast<int64_t>(part.weights.size()));
-      part.dims.push_back(dims[e]);
+      part.dims.push_back(saved.dims[e]);
     }
-    part.weights.push_back(weights[l]);
-    part.grads.push_back(grads[l].is_sparse() ? grads[l].to_dense() : grads[l]);
-    part.scales.push_back(scales[l]);
+    part.positions.push_back(saved.positions[l]);
+    part.weights.push_back(saved.weights[l]);
+    part.versions.push_back(saved.versions[l]);
+    part.scales.push_back(saved.scales[l]);
   }
-  if (wanted.size() == weights.size()) {
-    part.snapshot = snapshot;
-  } else {
-    vectors.insert(vectors.end(), sigmas.begin(), sigmas.end());
-    part.snapshot = at::cat(vectors);
-  }
+  vectors.insert(vectors.end(), sigmas.begin(), sigmas.end());
+  part.snapshot = at::cat(vectors);
   return part;
 }
 
+int64_t version_of(const at::Tensor& tensor) {
+  return tensor.is_inference() ? 0 : static_cast<int64_t>(tensor._version());
+}
+
+// One node serves all layers, but a graph may reach them in several backwards, one branch after the
+// other, as it could if each layer had a node of its own. Saved variables would all be released by
+// the first of these. So the node keeps its tensors itself, and drops those of the layers that a
+// backward has been through.
 struct Scale : public torch::autograd::Function<Scale> {
   static constexpr bool is_traceable = true;
 
@@ -110,75 +124,112 @@ struct Scale : public torch::autograd::Function<Scale> {
       AutogradContext* ctx, at::TensorList weights, const at::Tensor& snapshot,
       std::vector<int64_t> layers, std::vector<int64_t> dims, std::vector<double> scales,
       bool bound, bool zero_guard) {
-    // One node serves all layers, but a graph may reach them in several backwards, one branch after
-    // the other, as it could if each layer had a node of its own. So the tensors are kept as long as
-    // the node, and not as saved variables, which the first backward releases; the check that
-    // nobody has changed the weights since comes with it.
-    std::vector<int64_t> versions;
-    for (const auto& weight : weights) {
-      versions.push_back(version_of(weight));
-    }
-    ctx->saved_data["weights"] = weights.vec();
-    ctx->saved_data["versions"] = std::move(versions);
-    ctx->saved_data["snapshot"] = snapshot;
     at::AutoDispatchBelowADInplaceOrView guard;
     auto out = scale(weights, snapshot, layers, dims, scales, bound, zero_guard);
-    ctx->saved_data["layers"] = std::move(layers);
-    ctx->saved_data["dims"] = std::move(dims);
-    ctx->saved_data["scales"] = std::move(scales);
+    Saved saved{
+        {}, weights.vec(), {}, snapshot, std::move(layers), std::move(dims), std::move(scales)};
+    variable_list frozen;
+    for (size_t l = 0; l < weights.size(); ++l) {
+      saved.positions.push_back(static_cast<int64_t>(l));
+      saved.versions.push_back(version_of(weights[l]));
+      if (!weights[l].requires_grad()) {
+        frozen.push_back(out[l]);
+      }
+    }
+    ctx->mark_non_differentiable(frozen);
+    ctx->set_materialize_grads(false);
     ctx->saved_data["bound"] = bound;
     ctx->saved_data["zero_guard"] = zero_guard;
-    ctx->set_materialize_grads(false);
+    save(ctx, std::move(saved));
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto weights = ctx->saved_data["weights"].toTensorVector();
-    const auto versions = ctx->saved_data["versions"].toIntVector();
+    const auto saved = load(ctx);
     const bool bound = ctx->saved_data["bound"].toBool();
     const bool zero_guard = ctx->saved_data["zero_guard"].toBool();
+    constexpr size_t kOtherArguments = 6;
+    variable_list result(grads.size() + kOtherArguments);
+
     std::vector<size_t> wanted;
-    for (size_t l = 0; l < weights.size(); ++l) {
-      if (grads[l].defined() && ctx->needs_input_grad(l)) {
-        TORCH_CHECK(
-            version_of(weights[l]) == versions[l],
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            "operation: weight ", l, " of a spectral normalization, of shape ", weights[l].sizes(),
-            ", is at version ", version_of(weights[l]), "; expected version ", versions[l],
-            " instead.");
-        wanted.push_back(l);
+    std::vector<size_t> rest;
+    variable_list wanted_grads;
+    for (size_t i = 0; i < saved.positions.size(); ++i) {
+      const auto& grad = grads[saved.positions[i]];
+      if (grad.defined() && ctx->needs_input_grad(saved.positions[i])) {
+        check_version(saved, i);
+        wanted.push_back(i);
+        wanted_grads.push_back(grad.is_sparse() ? grad.to_dense() : grad);
+      } else {
+        rest.push_back(i);
       }
     }
-    constexpr size_t kOtherArguments = 6;
-    variable_list result(weights.size() + kOtherArguments);
+    for (size_t l = 0; l < grads.size(); ++l) {
+      const bool is_released =
+          std::find(saved.positions.begin(), saved.positions.end(), l) == saved.positions.end();
+      TORCH_CHECK(
+          !(is_released && grads[l].defined() && ctx->needs_input_grad(l)),
+          torch::autograd::ERR_BACKWARD_TWICE);
+    }
     if (wanted.empty()) {
       return result;
     }
-    const auto part = select(
-        grads, weights, ctx->saved_data["snapshot"].toTensor(),
-        ctx->saved_data["layers"].toIntVector(), ctx->saved_data["dims"].toIntVector(),
-        ctx->saved_data["scales"].toDoubleVector(), wanted);
+
+    const auto part = select(saved, wanted);
+    const bool is_batched =
+        std::any_of(wanted_grads.begin(), wanted_grads.end(), [](const auto& grad) {
+          const auto keys = grad.unsafeGetTensorImpl()->key_set();
+          return keys.has(c10::DispatchKey::Batched) ||
+              keys.has(c10::DispatchKey::FuncTorchBatched);
+        });
     const auto compute =
-        at::GradMode::is_enabled() ? differentiable_backward : scale_backward;
+        at::GradMode::is_enabled() || is_batched ? composite_backward : scale_backward;
     auto changes = compute(
-        part.grads, part.weights, part.snapshot, part.layers, part.dims, part.scales, bound,
+        wanted_grads, part.weights, part.snapshot, part.layers, part.dims, part.scales, bound,
         zero_guard);
     for (size_t i = 0; i < wanted.size(); ++i) {
-      result[wanted[i]] = std::move(changes[i]);
+      result[part.positions[i]] = std::move(changes[i]);
+    }
+    if (!torch::autograd::get_current_graph_task_keep_graph()) {
+      save(ctx, select(saved, rest));
     }
     return result;
   }
 
-  static int64_t version_of(const at::Tensor& tensor) {
-    return tensor.is_inference() ? 0 : static_cast<int64_t>(tensor._version());
+  static void check_version(const Saved& saved, size_t i) {
+    const int64_t version = version_of(saved.weights[i]);
+    TORCH_CHECK(
+        version == saved.versions[i],
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        "operation: weight ",
+        saved.positions[i], " of a spectral normalization, of shape ", saved.weights[i].sizes(),
+        ", is at version ", version, "; expected version ", saved.versions[i], " instead.");
+  }
+
+  static void save(AutogradContext* ctx, Saved saved) {
+    auto& data = ctx->saved_data;
+    data["positions"] = std::move(saved.positions);
+    data["weights"] = std::move(saved.weights);
+    data["versions"] = std::move(saved.versions);
+    data["snapshot"] = std::move(saved.snapshot);
+    data["layers"] = std::move(saved.layers);
+    data["dims"] = std::move(saved.dims);
+    data["scales"] = std::move(saved.scales);
+  }
+
+  static Saved load(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {data["positions"].toIntVector(), data["weights"].toTensorVector(),
+            data["versions"].toIntVector(),  data["snapshot"].toTensor(),
+            data["layers"].toIntVector(),    data["dims"].toIntVector(),
+            data["scales"].toDoubleVector()};
   }
 };
 
 std::vector<at::Tensor> scale_autograd(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
-  return Scale::apply(
-      weights, snapshot, layers.vec(), dims.vec(), scales.vec(), bound, zero_guard);
+  return Scale::apply(weights, snapshot, layers.vec(), dims.vec(), scales.vec(), bound, zero_guard);
 }
 
 // u, v and sigma carry no gradient of their own.
@@ -197,13 +248,20 @@ at::Tensor estimate_autograd(
   return estimate(weights, u, v, layers, dims);
 }
 
-// torch's functions write u and v once per iteration: so say their version counters here. They go up
-// first, because that fails where u and v may not be written.
+// torch's functions write u and v once per iteration: so say their version counters here. They go
+// up first, because that fails where u and v may not be written.
 at::Tensor power_inplace(
     at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
     at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
     bool zero_guard) {
   for (size_t e = 0; e < layers.size(); ++e) {
+    TORCH_CHECK(
+        e < u.size() && e < v.size(), "fastsn: expected ", layers.size(), " u and v, got ",
+        u.size(), " and ", v.size());
+    TORCH_CHECK(
+        layers[e] >= 0 && layers[e] < static_cast<int64_t>(n_power_iterations.size()),
+        "fastsn: expected n_power_iterations for layer ", layers[e], ", got ",
+        n_power_iterations.size(), " of them");
     for (int64_t i = 0; i < n_power_iterations[layers[e]]; ++i) {
       torch::autograd::impl::bump_version(u[e]);
       torch::autograd::impl::bump_version(v[e]);
@@ -221,8 +279,6 @@ TORCH_LIBRARY_IMPL(fastsn, Autograd, m) {
   m.impl("scale", &scale_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fastsn, ADInplaceOrView, m) {
-  m.impl("power_", &power_inplace);
-}
+TORCH_LIBRARY_IMPL(fastsn, ADInplaceOrView, m) { m.impl("power_", &power_inplace); }
 
 }  // namespace fastsn

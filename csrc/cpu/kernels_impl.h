@@ -1,14 +1,13 @@
 // The kernels of kernels.h, compiled once per instruction set: the including file defines
-// FASTSN_ISA (a namespace) and has set the compiler's target. Nothing here may instantiate a template
-// or inline function of a library (std::vector, std::fill): the linker keeps one copy of those for
-// the whole program, and it could be one that the machine cannot run.
+// FASTSN_ISA (a namespace) and has set the compiler's target. Nothing here may instantiate a
+// template or inline function of a library (std::vector, std::fill): the linker keeps one copy of
+// those for the whole program, and it could be one that the machine cannot run.
 
 namespace fastsn::FASTSN_ISA {
 namespace {
 
 // Rows handled together, so that each load of a vector over columns serves all of them.
 constexpr int kRowBlock = 4;
-
 
 template <typename Acc>
 struct Simd {
@@ -118,14 +117,18 @@ inline void dot_rows(const T* w, int64_t stride, const Acc* x, int64_t n, Acc* s
   }
 }
 
-// t[j] += sum_i s[i] * w[i * stride + j] for i < kRows, j < n.
-template <int kRows, typename T, typename Acc>
+// t[j] += sum_i s[i] * w[i * stride + j] for i < kRows, j < n. Meanwhile, with kPrefetch, the rows
+// after these come closer: this loop itself finds its rows in the cache and leaves memory idle.
+template <int kRows, bool kPrefetch = false, typename T, typename Acc>
 inline void add_rows(const T* w, int64_t stride, const Acc* s, int64_t n, Acc* t) {
   constexpr int kLanes = Simd<Acc>::kLanes;
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     Vec<Acc> tj = load<Acc>(t + j);
     for (int i = 0; i < kRows; ++i) {
+      if constexpr (kPrefetch) {
+        __builtin_prefetch(w + (kRows + i) * stride + j, 0, 2);
+      }
       tj += load<Acc>(w + i * stride + j) * splat<Acc>(s[i]);
     }
     store_vec(t + j, tj);
@@ -271,7 +274,7 @@ void u_first_long(
       dot_rows<rows()>(w + a * pitch + r * inner, inner, v + a * inner, inner, sr);
     }
     for (int64_t a = 0; t != nullptr && a < shape.outer; ++a) {
-      add_rows<rows()>(w + a * pitch + r * inner, inner, sr, inner, t + a * inner);
+      add_rows<rows(), true>(w + a * pitch + r * inner, inner, sr, inner, t + a * inner);
     }
   });
 }
@@ -426,9 +429,8 @@ void add(const Acc* x, Acc* y, int64_t n) {
 }
 
 template <typename T, typename Acc>
-constexpr Kernels<Acc> kTable = {
-    u_first<T, Acc>,     v_first<T, Acc>, scale<T, Acc>, dot<T, Acc>,
-    load_scaled<T, Acc>, add_outer<Acc>,  store<T, Acc>, add<Acc>};
+constexpr Kernels<Acc> kTable = {u_first<T, Acc>,     v_first<T, Acc>, scale<T, Acc>, dot<T, Acc>,
+                                 load_scaled<T, Acc>, add_outer<Acc>,  store<T, Acc>, add<Acc>};
 
 }  // namespace
 

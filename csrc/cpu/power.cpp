@@ -156,8 +156,7 @@ void run_jobs(std::vector<Job<Acc>>& jobs, const at::TensorOptions& options) {
     };
     tiles.erase(
         std::remove_if(
-            tiles.begin(), tiles.end(),
-            [&](const Tile& tile) { return is_done(jobs[tile.item]); }),
+            tiles.begin(), tiles.end(), [&](const Tile& tile) { return is_done(jobs[tile.item]); }),
         tiles.end());
     int64_t numel = 0;
     for (auto& job : jobs) {
@@ -231,9 +230,8 @@ at::Tensor run(
     check_vector(v[e], "v", e, view.cols(), weights[0].device());
   }
 
-  const auto options = at::TensorOptions()
-                           .dtype(c10::CppTypeToScalarType<Acc>::value)
-                           .device(weights[0].device());
+  const auto options =
+      at::TensorOptions().dtype(c10::CppTypeToScalarType<Acc>::value).device(weights[0].device());
   const auto snapshot = at::empty({estimates.snapshot_numel}, options);
   Acc* const data = snapshot.template mutable_data_ptr<Acc>();
 
@@ -279,8 +277,10 @@ at::Tensor power_cpu(
     at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
     at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
     bool zero_guard) {
-  return (accumulate_type(weights) == at::kDouble ? run<double> : run<float>)(
-      weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard);
+  return (
+      accumulate_type(weights) == at::kDouble ? run<double> : run<float>)(weights, u, v, layers,
+                                                                          dims, n_power_iterations,
+                                                                          eps, v_first, zero_guard);
 }
 
 at::Tensor estimate_cpu(

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <thread>
+
 // fastsn::scale and fastsn::scale_backward on the CPU.
 namespace fastsn {
 namespace {
@@ -79,12 +81,42 @@ std::vector<at::Tensor> run_scale(
          out[l].mutable_data_ptr(), static_cast<Acc>(factor)});
   }
   int64_t total;
-  const auto tiles = cut_flat(dense, total);
+  // From the end, where the power iteration before has just been: a part of that is still in a
+  // cache.
+  auto tiles = cut_flat(dense, total);
+  std::reverse(tiles.begin(), tiles.end());
   for_each_tile(tiles, total, [&](const Tile& tile) {
     const auto& job = jobs[tile.item];
     job.kernels->scale(job.weight, job.factor, job.out, tile.begin, tile.end);
   });
   return out;
+}
+
+// One of the two passes of the backward over a tile: the product <G, W>, then the result.
+struct Step {
+  Tile tile;
+  bool second;
+};
+
+// The second pass of a layer right after the first pass of the next one: its gradient is still in a
+// cache then, and its product has most likely been summed up.
+std::vector<Step> pipelined(const std::vector<Tile>& tiles) {
+  std::vector<Step> steps;
+  steps.reserve(2 * tiles.size());
+  size_t behind = 0;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    steps.push_back({tiles[i], false});
+    const bool last_of_layer = i + 1 == tiles.size() || tiles[i + 1].item != tiles[i].item;
+    if (last_of_layer) {
+      for (; behind < tiles.size() && tiles[behind].item < tiles[i].item; ++behind) {
+        steps.push_back({tiles[behind], true});
+      }
+    }
+  }
+  for (; behind < tiles.size(); ++behind) {
+    steps.push_back({tiles[behind], true});
+  }
+  return steps;
 }
 
 // `grad` with the strides of `like`: itself, or a copy.
@@ -129,6 +161,18 @@ std::vector<at::Tensor> run_backward(
     Acc coefficient = 0;
     std::vector<Acc> partial;
     std::atomic<int64_t> tiles_left{0};
+    std::atomic<bool> ready{false};
+  };
+  const auto finish_product = [](Layer& job) {
+    if (!job.factor.moves) {
+      return;
+    }
+    double product = 0;
+    for (const Acc part : job.partial) {
+      product += static_cast<double>(part);
+    }
+    job.coefficient = static_cast<Acc>(
+        -job.factor.value * product / job.sigma / static_cast<double>(job.outers.size()));
   };
   int64_t total;
   const auto tiles = cut_flat(dense, total);
@@ -152,8 +196,8 @@ std::vector<at::Tensor> run_backward(
     for (int64_t e = estimates.first_of_layer[l];
          job.factor.moves && e < estimates.first_of_layer[l + 1]; ++e) {
       const auto& item = estimates.items[e];
-      Outer outer{{item.view.outer, item.view.rows, item.view.inner},
-                  data + item.u, data + item.v, {}, {}};
+      Outer outer{
+          {item.view.outer, item.view.rows, item.view.inner}, data + item.u, data + item.v, {}, {}};
       if (item.view.inner <= kShortInner) {
         outer.expanded_u.reserve(item.view.rows * item.view.inner);
         for (int64_t r = 0; r < item.view.rows; ++r) {
@@ -172,25 +216,24 @@ std::vector<at::Tensor> run_backward(
     }
   }
 
-  for_each_tile(tiles, total, [&](const Tile& tile) {
-    auto& job = jobs[tile.item];
-    if (!job.factor.moves) {
+  for_each_tile(pipelined(tiles), 2 * total, [&](const Step& step) {
+    auto& job = jobs[step.tile.item];
+    const auto& tile = step.tile;
+    if (!step.second) {
+      if (job.factor.moves) {
+        job.partial[tile.index] =
+            job.kernels->dot(job.grad.const_data_ptr(), job.weight, tile.begin, tile.end);
+      }
+      if (--job.tiles_left == 0) {
+        finish_product(job);
+        job.ready.store(true, std::memory_order_release);
+      }
       return;
     }
-    job.partial[tile.index] =
-        job.kernels->dot(job.grad.const_data_ptr(), job.weight, tile.begin, tile.end);
-    if (--job.tiles_left == 0) {
-      double product = 0;
-      for (const Acc part : job.partial) {
-        product += static_cast<double>(part);
-      }
-      job.coefficient = static_cast<Acc>(
-          -job.factor.value * product / job.sigma / static_cast<double>(job.outers.size()));
+    // Steps start in order and first steps wait for nothing, so this one ends.
+    while (!job.ready.load(std::memory_order_acquire)) {
+      std::this_thread::yield();
     }
-  });
-
-  for_each_tile(tiles, total, [&](const Tile& tile) {
-    const auto& job = jobs[tile.item];
     Acc buffer[kBlock];
     for (int64_t begin = tile.begin; begin < tile.end; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, tile.end);
@@ -198,8 +241,7 @@ std::vector<at::Tensor> run_backward(
       job.kernels->load_scaled(
           job.grad.const_data_ptr(), static_cast<Acc>(job.factor.value), block, begin, end);
       for (const auto& outer : job.outers) {
-        job.kernels->add_outer(
-            block, outer.shape, begin, end, job.coefficient, outer.u, outer.v);
+        job.kernels->add_outer(block, outer.shape, begin, end, job.coefficient, outer.u, outer.v);
       }
       if (!job.in_place) {
         job.kernels->store(block, job.out, begin, end);
@@ -212,16 +254,20 @@ std::vector<at::Tensor> run_backward(
 std::vector<at::Tensor> scale_cpu(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
-  return (accumulate_type(weights) == at::kDouble ? run_scale<double> : run_scale<float>)(
-      weights, snapshot, layers, dims, scales, bound, zero_guard);
+  return (
+      accumulate_type(weights) == at::kDouble
+          ? run_scale<double>
+          : run_scale<float>)(weights, snapshot, layers, dims, scales, bound, zero_guard);
 }
 
 std::vector<at::Tensor> scale_backward_cpu(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
-  return (accumulate_type(weights) == at::kDouble ? run_backward<double> : run_backward<float>)(
-      grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
+  return (
+      accumulate_type(weights) == at::kDouble
+          ? run_backward<double>
+          : run_backward<float>)(grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
 }
 
 }  // namespace

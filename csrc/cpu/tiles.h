@@ -41,10 +41,9 @@ inline int64_t cut(
   return count;
 }
 
-// Calls work(tile) once for every tile, on as many threads as pay off, in an order that says
-// nothing about who runs what.
-template <typename Work>
-void for_each_tile(const std::vector<Tile>& tiles, int64_t total_numel, const Work& work) {
+// Calls work(tile) once for every tile, on as many threads as pay off. Tiles start in order.
+template <typename T, typename Work>
+void for_each_tile(const std::vector<T>& tiles, int64_t total_numel, const Work& work) {
   const int64_t threads = std::min<int64_t>(
       {at::get_num_threads(), static_cast<int64_t>(tiles.size()),
        ceil_div(total_numel, kSerialNumel)});

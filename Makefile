@@ -1,0 +1,92 @@
+# `make demo` and `make test` do all their own set-up. `make help` lists the targets.
+#
+# VENV=            use the environment that PYTHON belongs to, as it is, offline: nothing is
+#                  installed, only the extension is built, in place
+# PYTHON=python3   the interpreter, or the one that the virtual environment is made with
+# TORCH=...        what pip installs first, and then keeps. A build for CPUs is enough: where pip's
+#                  index has a larger one, name an index of such builds in PIP_INDEX_URL
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
+SOURCES := $(shell find csrc -mindepth 1)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+BUILT := build/.built
+CONFIG := build/.config
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+INSTALLED := $(shell $(PY) -c 'import sys, importlib.metadata as m; print(sys.executable, m.version("torch"))' 2>/dev/null)
+else
+PY := $(VENV)/bin/python
+TOOLS := $(VENV)/.tools
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench bench-quick build clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(BUILT) ## train small GANs on digits with torch's and fastsn's spectral norm (demo-results/)
+	$(PY) -m benchmarks.demo
+
+test: lint ## lint, then all tests
+	$(PY) -m pytest
+
+lint: $(BUILT) ## ruff, clang-format and mypy; changes nothing
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+format: $(BUILT) ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(CLANG_FORMAT) -i $(CXX_FILES)
+
+bench: $(BUILT) ## all benchmarks, their table, CSV files and chart (benchmarks/results/)
+	$(PY) -m pytest benchmarks --benchmark-json=build/bench.json
+	$(PY) -m benchmarks.report build/bench.json
+
+bench-quick: $(BUILT) ## the same on tiny networks, as a proof that it runs (build/bench-quick/)
+	$(PY) -m pytest benchmarks --quick --benchmark-json=build/bench-quick.json
+	$(PY) -m benchmarks.report build/bench-quick.json --out build/bench-quick
+
+build: $(BUILT) ## only the set-up: environment and compiled package
+
+clean: ## remove what was built, not the virtual environment
+	rm -rf build dist demo-results fastsn.egg-info fastsn/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+
+# The package of clang-format has no __main__.
+CLANG_FORMAT = $(PY) -c 'import sys, clang_format as c; sys.exit(c.clang_format())'
+
+# Changes when what is built against, or how, is not what it was at the last call.
+$(CONFIG): FORCE
+	@mkdir -p build
+	@echo '$(PY) $(INSTALLED) $(TORCH) $(CXX) $(FASTSN_CUDA) $(FASTSN_WERROR)' > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(TOOLS): $(CONFIG)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install '$(TORCH)'
+	$(PY) -m pip install $(BUILD_TOOLS)
+	$(PY) -m pip freeze | grep '^torch==' > $(VENV)/constraints.txt
+	touch $@
+
+# `setup.py --version` says what will be built, or in one line why nothing can be.
+define INSTALL
+	$(PY) setup.py --version
+	$(PY) -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[test,demo,dev]'
+endef
+# ninja knows what is up to date, and setuptools, which knows less, is not to answer for it.
+BUILD_IN_PLACE = $(PY) setup.py build_ext --inplace --force
+
+# pip compiles all of the package, each time: not when only csrc has changed.
+$(BUILT): setup.py pyproject.toml $(CONFIG) $(TOOLS) $(SOURCES)
+	$(if $(and $(VENV),$(filter-out csrc/%,$?)),$(INSTALL),$(BUILD_IN_PLACE))
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks, their report, and the demo."""

@@ -1,0 +1,244 @@
+"""Which implementation serves a call, and that all of them agree."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastsn
+from fastsn import backends, ops, reference
+from fastsn.__main__ import info, main
+from fastsn.functional import init_vectors, spectral_norm
+
+POSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is None]
+IMPOSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is not None]
+REAL, COMPLEX = torch.randn(4, 3), torch.randn(4, 3, dtype=torch.complex64)
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    """Whatever a test does, the next one starts from the default."""
+    fastsn.use_backend("auto")
+    yield
+    fastsn.use_backend("auto")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More of them only wait for one another at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The choice
+
+
+def test_automatic_choice():
+    assert fastsn.current_backend() == "auto"
+    assert backends.select([REAL]) is ops
+    assert backends.select([REAL.to("meta")]) is ops
+    assert backends.select([COMPLEX]) is reference
+    inside = []
+    torch.func.grad(lambda w: inside.append(backends.select([w])) or w.sum())(REAL)
+    assert inside == [reference]
+
+
+def test_choice_by_function():
+    fastsn.use_backend("reference")
+    assert fastsn.current_backend() == "reference" and backends.select([REAL]) is reference
+    fastsn.use_backend("cpp")
+    assert fastsn.current_backend() == "cpp" and backends.select([REAL]) is ops
+
+
+def test_choice_for_a_while():
+    fastsn.use_backend("cpp")
+    with fastsn.use_backend("reference"):
+        assert fastsn.current_backend() == "reference"
+        with fastsn.use_backend("auto"):
+            assert fastsn.current_backend() == "auto"
+            with fastsn.use_backend("cpp"):
+                assert fastsn.current_backend() == "cpp"
+            assert fastsn.current_backend() == "auto"
+        assert fastsn.current_backend() == "reference"
+    assert fastsn.current_backend() == "cpp"
+
+
+def test_choice_ends_with_an_exception():
+    with pytest.raises(KeyError), fastsn.use_backend("reference"):
+        with fastsn.use_backend("cpp"):
+            raise KeyError
+    assert fastsn.current_backend() == "auto"
+
+
+def test_the_chosen_one_does_the_work(monkeypatch):
+    names = ("power_", "estimate", "scale")
+    calls = []
+    for name in names:
+        original = getattr(reference, name)
+        monkeypatch.setattr(
+            reference, name, lambda *a, f=original, n=name: calls.append(n) or f(*a)
+        )
+    layer = fastsn.nn.SNLinear(3, 4)
+    u, v = init_vectors(REAL)
+    for backend in ("cpp", "reference"):
+        calls.clear()
+        with fastsn.use_backend(backend):
+            layer.train()(REAL)
+            layer.eval()(REAL)
+            spectral_norm(REAL, u, v)
+        assert set(calls) == (set(names) if backend == "reference" else set())
+
+
+# What cannot be done
+
+
+@pytest.mark.parametrize("name", ["", "CPP", "numpy", None])
+def test_unknown_name(name):
+    with pytest.raises(ValueError) as caught:
+        fastsn.use_backend(name)
+    for word in ("auto", *backends.NAMES, repr(name)):
+        assert word in str(caught.value)
+    assert fastsn.current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_backend_that_cannot_run_here(name):
+    fastsn.use_backend("reference")
+    with pytest.raises(RuntimeError) as caught, fastsn.use_backend(name):
+        pass
+    for word in (name, backends.why_not(name), str(POSSIBLE)):
+        assert word in str(caught.value)
+    assert fastsn.current_backend() == "reference"
+
+
+def test_backend_that_cannot_serve_a_weight():
+    u, v = init_vectors(COMPLEX)
+    fastsn.use_backend("cpp")
+    with pytest.raises(RuntimeError, match="'cpp'.*no kernels for torch.complex64.*reference"):
+        spectral_norm(COMPLEX, u, v)
+    assert all(x._version == 0 for x in u + v)
+    with pytest.raises(RuntimeError, match="'cpp'.*torch.func.*reference"):
+        torch.func.grad(lambda w: spectral_norm(w, *init_vectors(REAL))[0].sum())(REAL)
+
+
+# All agree
+
+
+def network(method) -> nn.Module:
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 5, 2, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(320, 2, bias=False),
+    ).double()
+    for layer in net:
+        if hasattr(layer, "weight"):
+            method(layer)
+    return net
+
+
+def by_hook(layer):
+    fastsn.spectral_norm(layer, n_power_iterations=2)
+
+
+def by_parametrization(layer):
+    fastsn.parametrizations.spectral_norm(layer)
+
+
+def bssn(layer):
+    fastsn.parametrizations.spectral_norm(layer, norm="bidirectional", scale=0.7)
+
+
+def bounded(layer):
+    fastsn.parametrizations.spectral_norm(layer, scale=1.2, bound=True, zero_guard=True)
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["alone", "accelerated"])
+@pytest.mark.parametrize("method", [by_hook, by_parametrization, bssn, bounded])
+def test_the_same_training_on_every_backend(method, accelerated):
+    def train() -> list[torch.Tensor]:
+        net = network(method)
+        if accelerated:
+            fastsn.accelerate(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for x in data:
+            optimizer.zero_grad()
+            (net(x).mean() - net(x + 1).mean()).backward()
+            optimizer.step()
+        return [*net.eval()(data[0]).unbind(), *net.state_dict().values()]
+
+    data = torch.randn(4, 6, 3, 6, 6, dtype=torch.float64)
+    results = []
+    for name in ("cpp", "reference"):
+        with fastsn.use_backend(name):
+            results.append(train())
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+# The report, and the environment variable
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_info_names_versions_and_every_backend():
+    lines = info().splitlines()
+    text = "\n".join(lines)
+    for word in (
+        fastsn.__version__,
+        platform.python_version(),
+        torch.__version__,
+        ops._C.torch_version,
+        ops._C.compiler,
+        ops._C.cpu_capability(),
+        "back-end in use: auto",
+    ):
+        assert word in text
+    for name in POSSIBLE:
+        assert [line.split() for line in lines if line.split()[0] == name] == [[name, "can", "run"]]
+    for name in IMPOSSIBLE:
+        (line,) = [line for line in lines if line.split()[0] == name]
+        assert line.endswith(f"cannot run: {backends.why_not(name)}")
+
+
+def test_environment_variable_chooses():
+    done = run("-m", "fastsn", "info", FASTSN_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert "back-end in use: reference" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, error", [("fastest", "ValueError"), (IMPOSSIBLE[0], "RuntimeError")]
+)
+def test_environment_variable_that_cannot_be_fulfilled(name, error):
+    done = run("-c", "import fastsn", FASTSN_BACKEND=name)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode != 0
+    assert last.startswith(error) and name in last and "reference" in last
+
+
+@pytest.mark.parametrize("arguments", [[], ["build"], ["info", "more"]], ids=str)
+def test_unknown_command(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastsn", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "python -m fastsn" in capsys.readouterr().err

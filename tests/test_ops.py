@@ -1,0 +1,599 @@
+"""The compiled operators against `fastsn.reference`, which is the specification.
+
+`TestNumbers` runs once more for every instruction set, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_sum_no_worse
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastsn import ops, reference
+from fastsn.functional import estimate_dims
+
+ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+each_type = pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+each_order = pytest.mark.parametrize("v_first", [False, True], ids=["u-first", "v-first"])
+
+
+class Results(NamedTuple):
+    """All that a step computes."""
+
+    vectors: list[Tensor]
+    normalized: list[Tensor]
+    gradients: list[Tensor]
+    sigmas: list[Tensor]
+
+
+@dataclass
+class Call:
+    """The arguments of the operators, for any number of weights."""
+
+    weights: list[Tensor]
+    u: list[Tensor]
+    v: list[Tensor]
+    layers: list[int]
+    dims: list[int]
+    iterations: list[int]
+    scales: list[float]
+    eps: float = 1e-12
+    v_first: bool = False
+    bound: bool = False
+    zero_guard: bool = False
+
+    def copy(self, dtype: torch.dtype | None = None) -> Call:
+        """With u and v, or everything if there is a `dtype`, in memory of its own."""
+        weights = [w.to(dtype) for w in self.weights] if dtype else self.weights
+        u, v = ([x.to(dtype or x.dtype, copy=True) for x in side] for side in (self.u, self.v))
+        return replace(self, weights=weights, u=u, v=v)
+
+    def estimates(self) -> tuple:
+        return self.weights, self.u, self.v, self.layers, self.dims
+
+    def options(self) -> tuple:
+        return self.iterations, self.eps, self.v_first, self.zero_guard
+
+    def constraint(self) -> tuple:
+        return self.layers, self.dims, self.scales, self.bound, self.zero_guard
+
+    def power(self, backend=ops) -> Tensor:
+        return backend.power_(*self.estimates(), *self.options())
+
+    def estimate(self, backend=ops) -> Tensor:
+        return backend.estimate(*self.estimates())
+
+    def scale(self, snapshot: Tensor, backend=ops) -> list[Tensor]:
+        return backend.scale(self.weights, snapshot, *self.constraint())
+
+    def scale_backward(self, grads: list[Tensor], snapshot: Tensor, backend=ops) -> list[Tensor]:
+        return backend.scale_backward(grads, self.weights, snapshot, *self.constraint())
+
+    def run(self, grads: list[Tensor], backend=ops) -> Results:
+        """One step; u and v of this call stay as they are."""
+        live = self.copy()
+        # What is not written shows: results take the place of these in memory.
+        poison = [torch.full_like(w, torch.nan) for w in live.weights]
+        del poison
+        snapshot = live.power(backend)
+        normalized = live.scale(snapshot, backend)
+        gradients = live.scale_backward(grads, snapshot, backend)
+        parts = reference.vectors_of(live.weights, snapshot, live.layers, live.dims)
+        vectors = [*live.u, *live.v, *(x for pair in parts for x in pair)]
+        return Results(vectors, normalized, gradients, list(snapshot[-len(live.layers) :].unbind()))
+
+
+def make_call(weights, dims=0, norm="matrix", iterations=1, **kwargs) -> Call:
+    """A call for these weights; `dims` and `iterations` are one for all of them, or one each.
+
+    u and v have seen some iterations, as in training: with random ones sigma is a sum whose terms
+    cancel, and the roundings of every implementation are blown up.
+    """
+    count = len(weights)
+    dims = [dims] * count if isinstance(dims, int) else dims
+    iterations = [iterations] * count if isinstance(iterations, int) else iterations
+    own = [estimate_dims(w.shape, dim, norm) for w, dim in zip(weights, dims, strict=True)]
+    layers = [layer for layer, dims in enumerate(own) for _ in dims]
+    flat = [dim for dims in own for dim in dims]
+    u, v = [], []
+    for layer, dim in zip(layers, flat, strict=True):
+        weight = weights[layer]
+        matrix = reference.to_matrix(weight.double(), dim)
+        x, y = (torch.randn(length, dtype=torch.float64) for length in matrix.shape)
+        for _ in range(5):
+            x, y, _ = reference.iterate(matrix, x, y, 1e-12, v_first=True)
+        u.append(x.to(weight.dtype))
+        v.append(y.to(weight.dtype))
+    call = Call(weights, u, v, layers, flat, iterations, [1.0] * count)
+    return replace(call, **kwargs)
+
+
+def gradients_for(call: Call) -> list[Tensor]:
+    return [torch.randn(w.shape).to(w.dtype) for w in call.weights]
+
+
+def check(call: Call) -> None:
+    """The operators' error against float64 is like that of the reference in the same types."""
+    grads = gradients_for(call)
+    wide = call.copy(torch.float64)
+    ours, peer = call.run(grads, ops), call.run(grads, reference)
+    exact = wide.run([g.double() for g in grads], reference)
+    sums = {
+        "length": max(x.numel() for x in [*call.u, *call.v]),
+        "computed_in": reference.accumulate_type(call.weights[0]),
+    }
+    for name in ("vectors", "normalized", "sigmas"):
+        for triple in zip(*(getattr(x, name) for x in (ours, peer, exact)), strict=True):
+            assert_sum_no_worse(*triple, **sums)
+    results = zip(ours.gradients, peer.gradients, exact.gradients, strict=True)
+    for triple, grad, before, after in zip(
+        results, grads, wide.weights, exact.normalized, strict=True
+    ):
+        # A part of scale / sigma * G cancels. Of a zero weight nothing does.
+        factor = (after.norm() / before.norm()).nan_to_num()
+        largest_term = (factor * grad.double().norm(torch.inf)).item() if grad.numel() else 0.0
+        assert_sum_no_worse(*triple, **sums, largest_term=largest_term)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More of them only wait for one another at these sizes; their number must not matter."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+LAYOUTS = {
+    "channels_last": lambda w: w.to(memory_format=torch.channels_last),
+    "first-two-exchanged": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed": lambda w: w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "slice-of-larger": lambda w: torch.cat([w, w]).flatten()[3 : 3 + w.numel()].view(w.shape),
+    "every-other": lambda w: w.repeat_interleave(2, dim=3)[..., ::2],
+    "every-other-exchanged": lambda w: w.mT.repeat_interleave(2, dim=1)[:, ::2].mT,
+    "expanded": lambda w: w[:, :, :1].expand(w.shape),
+    "negative-bit": lambda w: torch._neg_view(w),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+SHAPES = [
+    (1,), (129,), (1, 1), (1, 63), (63, 1), (63, 129), (7, 4608), (4608, 3), (5, 4, 3),
+    (16, 9, 40), (64, 3, 3, 3), (3, 64, 1, 1), (9, 8, 3, 3, 3), (0, 3), (3, 0), (2, 0, 3),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+class TestNumbers:
+    def test_capability_is_the_one_asked_for(self):
+        asked = os.environ.get("FASTSN_CPU_CAPABILITY")
+        assert ops._C.cpu_capability() == asked or asked is None
+
+    @each_order
+    @each_type
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_sizes(self, shape, dtype, v_first):
+        cases = [(dim, n) for dim in {0, min(1, len(shape) - 1), len(shape) - 1} for n in (0, 1, 3)]
+        weights = [random(*shape, dtype=dtype) for _ in cases]
+        dims, iterations = (list(column) for column in zip(*cases, strict=True))
+        check(make_call(weights, dims, iterations=iterations, v_first=v_first))
+
+    @each_order
+    @each_type
+    def test_rows_of_every_short_length(self, dtype, v_first):
+        weights = [random(5, 7, inner, dtype=dtype) for inner in range(1, 68)]
+        check(make_call(weights, dims=1, v_first=v_first))
+
+    @each_order
+    @pytest.mark.parametrize(
+        "shape, dim",
+        [
+            ((1100, 1000), 0), ((3, 400_000), 0), ((400_000, 3), 0), ((512, 240, 3, 3), 0),
+            ((240, 512, 3, 3), 1), ((300, 5, 800), 1), ((40_000, 3, 9), 1),
+        ],
+    )  # fmt: skip
+    def test_weights_of_many_tiles(self, shape, dim, v_first):
+        check(make_call([random(*shape)], dim, v_first=v_first))
+
+    @each_order
+    @each_type
+    def test_bidirectional(self, dtype, v_first):
+        shapes = [(6, 5), (6, 5, 1, 1), (6, 5, 3), (64, 3, 3, 3), (3, 64, 4, 4), (5, 40, 2, 2, 2)]
+        weights = [random(*shape, dtype=dtype) for shape in shapes for _ in range(2)]
+        iterations = [1, 0, 3] * 4
+        scales = [0.7 + 0.1 * i for i in range(len(weights))]
+        call = make_call(weights, [0, 1] * len(shapes), "bidirectional", iterations, scales=scales)
+        check(replace(call, v_first=v_first))
+
+    @each_order
+    @each_layout
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    def test_layouts(self, layout, norm, v_first):
+        dims = [0, 1, 3] if norm == "matrix" else [0, 1]
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in [(6, 5, 3, 4), (5, 6, 1, 40), (1, 6, 3, 3), (6, 1, 3, 3)]:
+                weights = [layout(random(*shape, dtype=dtype)) for _ in dims]
+                check(make_call(weights, dims, norm, v_first=v_first))
+
+    @each_order
+    def test_types_of_one_call(self, v_first):
+        weights = [random(9, 70, dtype=dtype) for dtype in ALL_TYPES[1:]]
+        check(make_call(weights, v_first=v_first))
+
+    @pytest.mark.parametrize("vector_dtype", ALL_TYPES, ids=str)
+    def test_vectors_of_any_type(self, vector_dtype):
+        call = make_call([random(9, 70, dtype=dtype) for dtype in ALL_TYPES[1:]], iterations=2)
+        call.u, call.v = ([x.to(vector_dtype) for x in side] for side in (call.u, call.v))
+        check(call)
+
+    def test_vectors_that_are_not_contiguous(self):
+        call = make_call([random(9, 70), random(7, 3)])
+        strided = call.copy()
+        strided.u, strided.v = (
+            [torch.stack([x, x], dim=1)[:, 0] for x in side] for side in (call.u, call.v)
+        )
+        assert torch.equal(strided.power(), call.power())
+        for a, b in zip(strided.u + strided.v, call.u + call.v, strict=True):
+            assert a.stride() == (2,) and torch.equal(a, b)
+
+    @each_order
+    def test_eps_larger_than_the_norms(self, v_first):
+        check(make_call([random(9, 70), random(4, 3, 3, 3)], eps=50.0, v_first=v_first))
+
+    @each_type
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    @pytest.mark.parametrize("zero_guard", [False, True])
+    def test_bound(self, norm, dtype, zero_guard):
+        weights = [random(6, 5, 3, 3, dtype=dtype), random(6, 5, 3, 3, dtype=dtype)]
+        check(make_call(weights, 0, norm, scales=[0.5, 50.0], bound=True, zero_guard=zero_guard))
+
+    @each_order
+    @each_type
+    @pytest.mark.parametrize("bound", [False, True])
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    def test_zero_guard(self, norm, bound, dtype, v_first):
+        zero = torch.zeros(6, 5, 3, 3, dtype=dtype)
+        weights = [zero, random(6, 5, 3, 3, dtype=dtype), zero.clone()]
+        call = make_call(weights, 0, norm, [1, 1, 0], scales=[0.5, 1.0, 2.0], bound=bound)
+        # Any u and v will do for a zero weight, and zeros would show less.
+        call.u, call.v = ([torch.ones_like(x) for x in side] for side in (call.u, call.v))
+        check(replace(call, v_first=v_first, zero_guard=True))
+
+    @pytest.mark.parametrize("sigma", [-2.0, -0.5])
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_negative_sigma(self, sigma, bound):
+        call = make_call([random(6, 5)], iterations=0, bound=bound)
+        call.weights[0] *= -sigma / call.estimate()[-1]
+        call.u[0].neg_()
+        check(call)
+
+    # Deterministic: the same examples at every run.
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def test_any_shapes(self, data):
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        dtypes = st.sampled_from(ALL_TYPES[1:] if data.draw(st.booleans()) else ALL_TYPES[:1])
+        weights, dims, iterations = [], [], []
+        for _ in range(data.draw(st.integers(1, 4))):
+            sizes = st.integers(0, data.draw(st.sampled_from([4, 40])))
+            shape = data.draw(st.lists(sizes, min_size=1, max_size=4))
+            order = data.draw(st.permutations(range(len(shape))))
+            inverse = sorted(range(len(shape)), key=order.__getitem__)
+            weight = random(*(shape[d] for d in order), dtype=data.draw(dtypes)).permute(inverse)
+            weights.append(weight)
+            dims.append(data.draw(st.integers(0, len(shape) - 1)))
+            iterations.append(data.draw(st.integers(0, 3)))
+        call = make_call(weights, dims, iterations=iterations, v_first=data.draw(st.booleans()))
+        check(replace(call, zero_guard=True, bound=data.draw(st.booleans())))
+
+
+# Results depend on shapes only
+
+
+def assert_same(a: Results, b: Results) -> None:
+    for own, other in zip(a, b, strict=True):
+        assert len(own) == len(other) and all(map(torch.equal, own, other))
+
+
+def large_call(v_first: bool) -> Call:
+    weights = [random(700, 300), random(64, 3, 3, 3), random(20, 300, 40), random(3, 5)]
+    return make_call(weights, [0, 0, 1, 0], "bidirectional", [1, 2, 1, 0], v_first=v_first)
+
+
+@each_order
+def test_same_bits_on_any_number_of_threads_at_every_run(v_first):
+    call = large_call(v_first)
+    grads = gradients_for(call)
+    expected = call.run(grads)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            assert_same(call.run(grads), expected)
+
+
+@each_order
+def test_same_bits_alone_or_among_others(v_first):
+    together = large_call(v_first)
+    alone = []
+    for layer, weight in enumerate(together.weights):
+        e = [e for e, other in enumerate(together.layers) if other == layer]
+        u, v, dims = ([side[i] for i in e] for side in (together.u, together.v, together.dims))
+        iterations = [together.iterations[layer]]
+        call = Call([weight], u, v, [0] * len(e), dims, iterations, [1.0], v_first=v_first)
+        alone.append(call.run([weight]))
+    result = together.run(together.weights)
+    for name in ("normalized", "gradients", "sigmas"):
+        expected = [x for own in alone for x in getattr(own, name)]
+        assert all(map(torch.equal, getattr(result, name), expected))
+
+
+def test_same_bits_when_several_threads_call_at_once():
+    calls = [large_call(v_first) for v_first in (False, True, False)]
+    grads = [gradients_for(call) for call in calls]
+    expected = [call.run(g) for call, g in zip(calls, grads, strict=True)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            for result, wanted in zip(pool.map(Call.run, calls, grads), expected, strict=True):
+                assert_same(result, wanted)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa == ops._C.cpu_capability():
+        pytest.skip(f"{isa} is what all other tests run on")
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    if isa != "baseline" and not (best.startswith("avx") and isa <= best):
+        pytest.skip(f"the best of this machine is {best}, less than {isa}")
+    environment = {**os.environ, "FASTSN_CPU_CAPABILITY": isa, "FASTSN_CPU_CACHE_MB": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", "-k", "TestNumbers", __file__],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# What the operators do to tensors
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_versions_count_iterations(iterations):
+    call = make_call([random(4, 3), random(4, 3, 2)], 0, "bidirectional", [iterations, 1])
+    tensors = [*call.weights, call.u[0], call.v[0], call.u[1], call.v[2]]
+    before = [x._version for x in tensors]
+    call.power()
+    call.estimate()
+    steps = [x._version - version for x, version in zip(tensors, before, strict=True)]
+    assert steps == [0, 0, iterations, iterations, 1, 1]
+
+
+def test_inference_mode():
+    call = make_call([random(4, 3)])
+    grads = gradients_for(call)
+    expected = call.run(grads)
+    call.weights[0].requires_grad_()
+    with torch.inference_mode():
+        assert_same(call.run(grads), expected)
+        inside = replace(call, u=[call.u[0].clone()], v=[call.v[0].clone()])
+        assert inside.u[0].is_inference() and inside.power().is_inference()
+        assert not call.scale(call.estimate())[0].requires_grad
+
+
+@each_layout
+def test_results_have_the_strides_of_a_quotient(layout):
+    weight = layout(random(6, 5, 3, 4))
+    call = make_call([weight])
+    snapshot = call.power()
+    for (result,) in (call.scale(snapshot), call.scale_backward([weight.clone()], snapshot)):
+        assert result.stride() == (weight / 2.0).stride()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (300, 300)], ids=["small", "large"])
+def test_results_keep_their_memory_to_themselves(shape):
+    call = make_call([random(*shape), random(*shape)])
+    snapshot = call.power()
+    results = [x for _ in range(3) for x in call.scale(snapshot)]
+    assert len({x.data_ptr() for x in [*results, *call.weights]}) == 8
+    kept, array = results[0].clone(), results[0].numpy()
+    del results
+    # What follows may take over the memory of the others, but not that of a result in use.
+    for _ in range(3):
+        for other in call.scale(snapshot):
+            other.fill_(torch.nan)
+    assert torch.equal(torch.from_numpy(array), kept)
+    grown = call.scale(snapshot)[0].resize_(2 * shape[0], shape[1])
+    assert torch.equal(grown[: shape[0]], kept)
+
+
+BAD = {
+    "no weights": ({"weights": []}, "at least one weight"),
+    "a weight left out": ({"layers": [0, 0]}, "every one of the 2 weights in ascending order"),
+    "descending": ({"layers": [1, 0]}, "in ascending order"),
+    "unknown layer": ({"layers": [0, 2]}, "(in ascending order|for layer 2)"),
+    "negative layer": ({"layers": [-1, 0]}, "(in ascending order|for layer -1)"),
+    "dims": ({"dims": [0]}, "layers and dims differ in length: 2 and 1"),
+    "dim": ({"dims": [0, 2]}, r"dims\[1\] must be in \[0, 1\], got 2"),
+    "u missing": ({"u": [torch.ones(4)]}, "expected 2 u and v, got 1 and 2"),
+    "u length": ({"u": [torch.ones(4), torch.ones(3)]}, r"u\[1\].* shape \[2\], got \[3\]"),
+    "v type": ({"v": [torch.ones(3), torch.ones(5).int()]}, r"v\[1\] must be floating point"),
+    "iterations": ({"iterations": [1]}, "expected .*n_power_iterations.*, got 1"),
+    "mixed": ({"weights": [random(4, 3), random(2, 5).double()]}, "float64 weights cannot share"),
+    "integers": ({"weights": [random(4, 3), random(2, 5).int()]}, r"weights\[1\] must be float64"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_of_power(changes, message):
+    call = make_call([random(4, 3), random(2, 5)])
+    before = call.copy()
+    with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+        replace(call, **changes).power()
+    for a, b in zip(before.u + before.v, call.u + call.v, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_arguments_of_scale():
+    call = make_call([random(4, 3), random(2, 5)])
+    snapshot = call.power()
+    for bad in (snapshot[:-1], snapshot.double(), torch.stack([snapshot, snapshot], 1)[:, 0]):
+        with pytest.raises(RuntimeError, match="contiguous Float snapshot of 16 elements, got"):
+            call.scale(bad)
+    with pytest.raises(RuntimeError, match="expected 2 scales, got 1"):
+        replace(call, scales=[1.0]).scale(snapshot)
+    for bad in ([random(4, 3)], [random(4, 3), random(5, 2)], [random(4, 3), random(2, 5).half()]):
+        with pytest.raises(RuntimeError, match="expected (2 gradients|a gradient of shape)"):
+            call.scale_backward(bad, snapshot)
+
+
+# Gradients
+
+
+def normalizer(call: Call, backend=ops):
+    """The normalized weights as a function of the weights, u and v constant."""
+
+    def normalize(*weights: Tensor) -> tuple[Tensor, ...]:
+        at = replace(call, weights=list(weights))
+        return tuple(at.scale(at.estimate(backend), backend))
+
+    return normalize
+
+
+def parameters(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+METHODS = {
+    "sn": ("matrix", {}),
+    "bsn": ("bidirectional", {}),
+    "scaled": ("bidirectional", {"scales": [0.7, 1.3]}),
+    "bound": ("bidirectional", {"scales": [0.3, 30.0], "bound": True}),
+    "zero_guard": ("matrix", {"zero_guard": True}),
+}
+each_method = pytest.mark.parametrize("norm, constraint", METHODS.values(), ids=METHODS.keys())
+
+
+@each_method
+def test_gradients_and_their_gradients(norm, constraint):
+    weights = parameters((3, 2, 2), (2, 3))
+    call = make_call([w.detach() for w in weights], [0, 1], norm, **constraint)
+    assert gradcheck(normalizer(call), weights)
+    assert gradgradcheck(normalizer(call), weights)
+
+
+@each_method
+def test_gradients_agree_with_and_without_create_graph(norm, constraint):
+    weights = parameters((3, 2, 2), (2, 3))
+    call = make_call([w.detach() for w in weights], [0, 1], norm, **constraint)
+    outputs = normalizer(call)(*weights)
+    directions = [torch.randn_like(w) for w in weights]
+    first, graph, again = (
+        torch.autograd.grad(outputs, weights, directions, retain_graph=True, create_graph=create)
+        for create in (False, True, False)
+    )
+    assert_close(first, graph)
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("constraint", [{"zero_guard": True}, {"bound": True}], ids=str)
+def test_second_gradient_of_a_zero_weight(constraint):
+    weight, direction = parameters((3, 2), (3, 2))
+    call = make_call([weight.detach().clone()], **constraint)
+    with torch.no_grad():
+        weight.zero_()
+    (out,) = normalizer(call)(weight)
+    (first,) = torch.autograd.grad(out, weight, direction, create_graph=True)
+    assert torch.equal(first, direction)
+    second, through = torch.autograd.grad(
+        first.square().sum(), (weight, direction), materialize_grads=True
+    )
+    assert not second.any() and torch.equal(through, 2 * direction)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_layers_that_take_no_part(create_graph):
+    used, unused, frozen = weights = parameters((4, 3), (4, 3), (4, 3))
+    frozen.requires_grad_(False)
+    call = make_call([w.detach() for w in weights])
+    outputs = normalizer(call)(*weights)
+    gradients = torch.autograd.grad(
+        outputs[0], [used, unused], outputs[2], create_graph=create_graph, allow_unused=True
+    )
+    expected = normalizer(call, reference)(*weights)
+    assert gradients[1] is None
+    assert_close(gradients[0], *torch.autograd.grad(expected[0], used, expected[2]))
+
+
+@each_layout
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_any_layout(layout, create_graph):
+    direction = layout(random(6, 5, 3, 4, dtype=torch.float64))
+    for weight_layout in (lambda w: w, LAYOUTS["channels_last"], LAYOUTS["every-other"]):
+        weight = weight_layout(random(6, 5, 3, 4, dtype=torch.float64)).requires_grad_()
+        (out,) = normalizer(make_call([weight.detach()]))(weight)
+        actual, expected = (
+            torch.autograd.grad(out, weight, g, retain_graph=True, create_graph=create_graph)[0]
+            for g in (direction, direction.resolve_neg().contiguous())
+        )
+        assert_close(actual, expected)
+
+
+# PyTorch's own checks: schema, autograd registration, fake kernels, tracing
+
+SAMPLES = {
+    "sn": lambda: make_call([random(4, 3), random(2, 5)], [0, 1], iterations=[1, 2]),
+    "bsn": lambda: make_call([random(4, 3, 2, 2), random(3, 4, 1, 1)], [0, 1], "bidirectional"),
+    "narrow": lambda: make_call([random(4, 3, dtype=torch.bfloat16), random(7)], bound=True),
+    "fp64": lambda: make_call([random(4, 3, dtype=torch.float64)], zero_guard=True, v_first=True),
+    "empty": lambda: make_call([random(0, 3)]),
+    "channels_last": lambda: make_call([LAYOUTS["channels_last"](random(4, 3, 2, 2))]),
+    "not-dense": lambda: make_call([LAYOUTS["every-other-exchanged"](random(4, 3, 2, 2))]),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
+def test_opcheck(sample):
+    call = sample()
+    grads = gradients_for(call)
+    snapshot = call.estimate()
+    detached = [w.detach() for w in call.weights]
+    for weight in call.weights:
+        weight.requires_grad_()
+    for op, args in [
+        (ops.power_, (*call.estimates(), *call.options())),
+        (ops.estimate, call.estimates()),
+        (ops.scale, (call.weights, snapshot, *call.constraint())),
+        (ops.scale_backward, (grads, detached, snapshot, *call.constraint())),
+    ]:
+        torch.library.opcheck(op, args)
