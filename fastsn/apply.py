@@ -96,7 +96,8 @@ def apply(
 
     Convolution, transposed convolution, linear, bilinear and embedding layers get
     :func:`fastsn.parametrizations.spectral_norm` on their ``weight``. Layers that share a weight
-    get vectors of their own each.
+    get vectors of their own each. For BSN the weight (out, in1, in2) of a bilinear layer counts as
+    that of a convolution with in1 inputs.
 
     Args:
         model: changed in place.

@@ -97,11 +97,9 @@ def normalized_weight(module: Any) -> Tensor:
     """What ``W_`` returns: the pending weight, or one computed for this layer alone."""
     if pending(module):
         return pending(module).pop()
-    u, v = vectors(module, module.training)
-    steps = [iterations(module, module.training)]
-    normalized, snapshot = functional.normalize(call(module), [module.weight], u, v, steps)
-    if module.training:
-        keep_sigma(module, snapshot[-1])
+    u, v, iterations = state(module, module.training)
+    normalized, snapshot = functional.normalize(call(module), [module.weight], u, v, [iterations])
+    keep_sigma(module, snapshot[-1])
     return normalized[0]
 
 
@@ -111,18 +109,18 @@ def call(module: Any) -> Call:
     return functional.make_call(dims, [1.0], module.eps, True, False, False)
 
 
-def vectors(module: Any, training: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """u, to be updated in place when training, and room for v, which is not kept."""
+def state(module: Any, training: bool) -> tuple[list[Tensor], list[Tensor], int]:
+    """u, v and the iterations of a forward: when training u is updated, v is never kept.
+
+    Outside training every iteration starts from the same u, so that one does what many do.
+    """
     u = module.u0[0] if training else module.u0[0].clone()
-    return [u], [u.new_empty(module.weight.numel() // u.numel())]
-
-
-def iterations(module: Any, training: bool) -> int:
-    """Steps per forward: outside training each of them starts from the same u."""
-    return module.num_itrs if training else 1
+    v = u.new_empty(module.weight.numel() // u.numel())
+    return [u], [v], module.num_itrs if training else 1
 
 
 @torch.no_grad()
 def keep_sigma(module: Any, sigma: Tensor) -> None:
-    """Writes ``sv0``."""
-    module.sv0.copy_(sigma)
+    """Writes ``sv0``, in training mode."""
+    if module.training:
+        module.sv0.copy_(sigma)

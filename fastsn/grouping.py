@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsn import functional, parametrizations, reference
 from fastsn.functional import Call
-from fastsn.layers import Layer, ParametrizedLayer, find, take_over
+from fastsn.layers import Layer, ParametrizedLayer, State, find, take_over
 
 __all__ = ["accelerate", "refresh", "sigmas"]
 
@@ -28,34 +28,31 @@ class Batch(NamedTuple):
 
     def run(self, weights: list[Tensor]) -> list[Tensor]:
         """The normalized weights; iterates as the layers' modes say."""
-        u: list[Tensor] = []
-        v: list[Tensor] = []
-        iterations: list[int] = []
-        for layer in self.layers:
-            training = layer.is_training()
-            own_u, own_v = layer.vectors(training)
-            u += own_u
-            v += own_v
-            iterations.append(layer.iterations(training))
-        normalized, snapshot = functional.normalize(self.call, weights, u, v, iterations)
+        states = _joined(layer.step() for layer in self.layers)
+        normalized, snapshot = functional.normalize(self.call, weights, *states)
         if self.keeps_sigma:
             sigmas = reference.sigmas_of(snapshot, self.call.layers)
             for layer, sigma in zip(self.layers, sigmas, strict=True):
-                if layer.is_training():
-                    layer.keep_sigma(sigma)
+                layer.keep_sigma(sigma)
         return normalized
 
     def sigmas(self, weights: list[Tensor]) -> list[Tensor]:
         """The sigma of every layer that a forward in eval mode would use; changes nothing."""
-        u: list[Tensor] = []
-        v: list[Tensor] = []
-        for layer in self.layers:
-            own_u, own_v = layer.vectors(training=False)
-            u += own_u
-            v += own_v
-        iterations = [layer.iterations(training=False) for layer in self.layers]
-        snapshot = functional.iterate(self.call, weights, u, v, iterations)
+        states = _joined(layer.rest() for layer in self.layers)
+        snapshot = functional.iterate(self.call, weights, *states)
         return reference.sigmas_of(snapshot, self.call.layers)
+
+
+def _joined(states: Iterable[State]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """All u, all v, and the iterations of every layer."""
+    u: list[Tensor] = []
+    v: list[Tensor] = []
+    iterations: list[int] = []
+    for own_u, own_v, own_iterations in states:
+        u += own_u
+        v += own_v
+        iterations.append(own_iterations)
+    return u, v, iterations
 
 
 Kind = tuple[torch.device, torch.dtype]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
 
@@ -21,7 +20,8 @@ from fastsn.functional import Call
 
 __all__ = ["Layer", "find", "take_over"]
 
-Vectors = tuple[list[Tensor], list[Tensor]]
+# u and v, one of each per estimate, and a number of power iterations.
+State = tuple[list[Tensor], list[Tensor], int]
 
 
 class Layer(Protocol):
@@ -38,20 +38,17 @@ class Layer(Protocol):
     def weight(self) -> Tensor | None:
         """The parameter, or None if the model no longer normalizes it in this way."""
 
-    def is_training(self) -> bool:
-        """Whether the next forward iterates."""
+    def step(self) -> State:
+        """u, v and the iterations of the next forward; u and v are updated in place."""
 
-    def vectors(self, training: bool) -> Vectors:
-        """(u, v), one of each per estimate; updated in place where the layer keeps them."""
-
-    def iterations(self, training: bool) -> int:
-        """Power iterations that a forward performs."""
+    def rest(self) -> State:
+        """u, v and the iterations of a forward in eval mode; nothing that the layer keeps moves."""
 
     def put(self, weight: Tensor) -> None:
         """Hands the layer its normalized weight for the next read."""
 
     def keep_sigma(self, sigma: Tensor) -> None:
-        """Takes note of the sigma of a forward in training mode; few forms do."""
+        """Takes note of the sigma of a forward; few forms do, and only in training mode."""
 
     def finish(self, weight: Tensor) -> Tensor:
         """What a read returns, out of the normalized weight."""
@@ -86,17 +83,16 @@ class ParametrizedLayer:
         original = self.list._parameters.get("original")
         return self.list.original if original is None else original
 
-    def is_training(self) -> bool:
+    def step(self) -> State:
+        norm = self.norm
         # Within parametrize.cached() a weight that was read before is not computed again.
-        return self.norm.training and not (
+        iterates = norm.training and not (
             parametrize._cache_enabled and (id(self.module), self.tensor_name) in parametrize._cache
         )
+        return *norm.vectors(), norm.n_power_iterations if iterates else 0
 
-    def vectors(self, training: bool) -> Vectors:
-        return self.norm.vectors()
-
-    def iterations(self, training: bool) -> int:
-        return self.norm.n_power_iterations if training else 0
+    def rest(self) -> State:
+        return *self.norm.vectors(), 0
 
     def put(self, weight: Tensor) -> None:
         self.pending.append(weight)
@@ -121,8 +117,6 @@ class HookedLayer:
         self.module = module
         self.hook = hook
         self.pending = hook.own_pending()
-        # The forward of MultiheadAttention's out_proj, and so its hook, never runs.
-        self.hook_runs = not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def call(self) -> Call:
         return self.hook.call(getattr(self.module, f"{self.hook.name}_orig").shape)
@@ -132,19 +126,18 @@ class HookedLayer:
             return None
         return getattr(self.module, f"{self.hook.name}_orig")
 
-    def is_training(self) -> bool:
-        return self.module.training
+    def step(self) -> State:
+        iterations = self.hook.n_power_iterations if self.module.training else 0
+        return *self.hook.vectors(self.module), iterations
 
-    def vectors(self, training: bool) -> Vectors:
-        return self.hook.vectors(self.module)
-
-    def iterations(self, training: bool) -> int:
-        return self.hook.n_power_iterations if training else 0
+    def rest(self) -> State:
+        return *self.hook.vectors(self.module), 0
 
     def put(self, weight: Tensor) -> None:
+        # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
+        # out_proj without calling it, and no hook runs.
         self.hook.set_weight(self.module, weight)
-        if self.hook_runs:
-            self.pending.append(True)
+        self.pending.append(True)
 
     def keep_sigma(self, sigma: Tensor) -> None:
         pass
@@ -169,14 +162,11 @@ class BigGanLayer:
     def weight(self) -> Tensor | None:
         return self.module.weight
 
-    def is_training(self) -> bool:
-        return self.module.training
+    def step(self) -> State:
+        return biggan.state(self.module, self.module.training)
 
-    def vectors(self, training: bool) -> Vectors:
-        return biggan.vectors(self.module, training)
-
-    def iterations(self, training: bool) -> int:
-        return biggan.iterations(self.module, training)
+    def rest(self) -> State:
+        return biggan.state(self.module, False)
 
     def put(self, weight: Tensor) -> None:
         self.pending.append(weight)

@@ -48,7 +48,7 @@ def step(model, *inputs, forward=None):
     `forward` is called in place of the model.
     """
     model.zero_grad()
-    output = (forward or model)(*inputs)
+    output = (model if forward is None else forward)(*inputs)
     output.square().sum().backward()
     gradients = {
         f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None

@@ -277,6 +277,19 @@ def test_replicas_use_their_own_tensors():
     torch.testing.assert_close(outputs[1], outputs[0])
 
 
+# The compiler looks at `grad` of every input, and hides the warning that this may raise.
+@double
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_with_a_full_graph():
+    plain, fast = pair(Discriminator)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for mode in (True, True, False, True):
+        plain.train(mode), fast.train(mode)
+        x = example()
+        torch.testing.assert_close(step(fast, *x, forward=compiled), step(plain, *x))
+
+
 # Calls on the whole model
 
 

@@ -75,6 +75,28 @@ def test_training_and_evaluation(build):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+class Root(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.layers = chain(form)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+# The compiler looks at `grad` of every input, and hides the warning that this may raise.
+@double
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("form", [TORCH_HOOK, TORCH_PARAMETRIZED], ids=["hook", "parametrized"])
+def test_a_root_with_a_forward_of_its_own(form):
+    """torch compiles the hooks of such a module apart from its forward, each once per mode."""
+    models = compiled_twins(lambda: fastsn.accelerate(Root(form)))
+    assert_same_steps(*models, [True, False])
+    assert not counters["graph_break"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same_steps(*models, [True, True, False, True])
+
+
 @double
 @pytest.mark.parametrize("name", ["hook", "BSN", "accelerated-parametrized", "accelerated-hook"])
 def test_two_forwards_before_one_backward(name):

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -70,7 +71,9 @@ std::vector<at::Tensor> composite_backward(
 }
 
 // What the backward needs of the layers that it has not been through yet.
-struct Saved {
+struct Saved final : torch::CustomClassHolder {
+  bool bound = false;
+  bool zero_guard = false;
   std::vector<int64_t> positions;  // of these layers among the inputs and outputs of the node
   variable_list weights;
   std::vector<int64_t> versions;
@@ -80,14 +83,20 @@ struct Saved {
   std::vector<double> scales;
 };
 
-Saved select(const Saved& saved, const std::vector<size_t>& chosen) {
-  if (chosen.size() == saved.weights.size()) {
-    return saved;
+using SavedPtr = c10::intrusive_ptr<Saved>;
+
+SavedPtr select(const SavedPtr& all, const std::vector<size_t>& chosen) {
+  if (chosen.size() == all->weights.size()) {
+    return all;
   }
-  Saved part;
+  auto part_ptr = c10::make_intrusive<Saved>();
   if (chosen.empty()) {
-    return part;
+    return part_ptr;
   }
+  const Saved& saved = *all;
+  Saved& part = *part_ptr;
+  part.bound = saved.bound;
+  part.zero_guard = saved.zero_guard;
   const auto estimates = describe(as_dense(saved.weights), saved.layers, saved.dims);
   variable_list vectors;
   variable_list sigmas;
@@ -106,7 +115,7 @@ Saved select(const Saved& saved, const std::vector<size_t>& chosen) {
   }
   vectors.insert(vectors.end(), sigmas.begin(), sigmas.end());
   part.snapshot = at::cat(vectors);
-  return part;
+  return part_ptr;
 }
 
 int64_t version_of(const at::Tensor& tensor) {
@@ -119,6 +128,7 @@ int64_t version_of(const at::Tensor& tensor) {
 // backward has been through.
 struct Scale : public torch::autograd::Function<Scale> {
   static constexpr bool is_traceable = true;
+  static constexpr const char* kKey = "saved";
 
   static variable_list forward(
       AutogradContext* ctx, at::TensorList weights, const at::Tensor& snapshot,
@@ -126,28 +136,31 @@ struct Scale : public torch::autograd::Function<Scale> {
       bool bound, bool zero_guard) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto out = scale(weights, snapshot, layers, dims, scales, bound, zero_guard);
-    Saved saved{
-        {}, weights.vec(), {}, snapshot, std::move(layers), std::move(dims), std::move(scales)};
+    auto saved = c10::make_intrusive<Saved>();
+    saved->bound = bound;
+    saved->zero_guard = zero_guard;
+    saved->weights = weights.vec();
+    saved->snapshot = snapshot;
+    saved->layers = std::move(layers);
+    saved->dims = std::move(dims);
+    saved->scales = std::move(scales);
     variable_list frozen;
     for (size_t l = 0; l < weights.size(); ++l) {
-      saved.positions.push_back(static_cast<int64_t>(l));
-      saved.versions.push_back(version_of(weights[l]));
+      saved->positions.push_back(static_cast<int64_t>(l));
+      saved->versions.push_back(version_of(weights[l]));
       if (!weights[l].requires_grad()) {
         frozen.push_back(out[l]);
       }
     }
     ctx->mark_non_differentiable(frozen);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["bound"] = bound;
-    ctx->saved_data["zero_guard"] = zero_guard;
-    save(ctx, std::move(saved));
+    ctx->saved_data[kKey] = c10::IValue::make_capsule(std::move(saved));
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = load(ctx);
-    const bool bound = ctx->saved_data["bound"].toBool();
-    const bool zero_guard = ctx->saved_data["zero_guard"].toBool();
+    const auto all = c10::static_intrusive_pointer_cast<Saved>(ctx->saved_data[kKey].toCapsule());
+    const Saved& saved = *all;
     constexpr size_t kOtherArguments = 6;
     variable_list result(grads.size() + kOtherArguments);
 
@@ -175,7 +188,7 @@ struct Scale : public torch::autograd::Function<Scale> {
       return result;
     }
 
-    const auto part = select(saved, wanted);
+    const auto part = select(all, wanted);
     const bool is_batched =
         std::any_of(wanted_grads.begin(), wanted_grads.end(), [](const auto& grad) {
           const auto keys = grad.unsafeGetTensorImpl()->key_set();
@@ -185,13 +198,13 @@ struct Scale : public torch::autograd::Function<Scale> {
     const auto compute =
         at::GradMode::is_enabled() || is_batched ? composite_backward : scale_backward;
     auto changes = compute(
-        wanted_grads, part.weights, part.snapshot, part.layers, part.dims, part.scales, bound,
-        zero_guard);
+        wanted_grads, part->weights, part->snapshot, part->layers, part->dims, part->scales,
+        saved.bound, saved.zero_guard);
     for (size_t i = 0; i < wanted.size(); ++i) {
-      result[part.positions[i]] = std::move(changes[i]);
+      result[part->positions[i]] = std::move(changes[i]);
     }
     if (!torch::autograd::get_current_graph_task_keep_graph()) {
-      save(ctx, select(saved, rest));
+      ctx->saved_data[kKey] = c10::IValue::make_capsule(select(all, rest));
     }
     return result;
   }
@@ -205,30 +218,17 @@ struct Scale : public torch::autograd::Function<Scale> {
         saved.positions[i], " of a spectral normalization, of shape ", saved.weights[i].sizes(),
         ", is at version ", version, "; expected version ", saved.versions[i], " instead.");
   }
-
-  static void save(AutogradContext* ctx, Saved saved) {
-    auto& data = ctx->saved_data;
-    data["positions"] = std::move(saved.positions);
-    data["weights"] = std::move(saved.weights);
-    data["versions"] = std::move(saved.versions);
-    data["snapshot"] = std::move(saved.snapshot);
-    data["layers"] = std::move(saved.layers);
-    data["dims"] = std::move(saved.dims);
-    data["scales"] = std::move(saved.scales);
-  }
-
-  static Saved load(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    return {data["positions"].toIntVector(), data["weights"].toTensorVector(),
-            data["versions"].toIntVector(),  data["snapshot"].toTensor(),
-            data["layers"].toIntVector(),    data["dims"].toIntVector(),
-            data["scales"].toDoubleVector()};
-  }
 };
 
 std::vector<at::Tensor> scale_autograd(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
+  const bool needs_node = at::GradMode::is_enabled() &&
+      std::any_of(weights.begin(), weights.end(), [](const auto& w) { return w.requires_grad(); });
+  if (!needs_node) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return scale(weights, snapshot, layers, dims, scales, bound, zero_guard);
+  }
   return Scale::apply(weights, snapshot, layers.vec(), dims.vec(), scales.vec(), bound, zero_guard);
 }
 

@@ -68,16 +68,27 @@ inline void store_vec(c10::Half* p, Vec<float> x) {
   }
 }
 
+// Lane l of the result holds lanes l and l + half of the operand, added.
+template <typename Narrow, typename Wide>
+inline Narrow fold_lanes(const Wide& x) {
+  static_assert(sizeof(Wide) == 2 * sizeof(Narrow));
+  Narrow low;
+  Narrow high;
+  __builtin_memcpy(&low, &x, sizeof(Narrow));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Narrow), sizeof(Narrow));
+  return low + high;
+}
+
 template <typename Acc>
 inline Acc sum_lanes(Vec<Acc> x) {
-  Acc part[Simd<Acc>::kLanes];
-  store_vec(part, x);
-  for (int width = Simd<Acc>::kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) {
-      part[l] += part[l + width];
-    }
+  typedef Acc Vec32 __attribute__((vector_size(32)));
+  typedef Acc Vec16 __attribute__((vector_size(16)));
+  const Vec16 y = fold_lanes<Vec16>(fold_lanes<Vec32>(x));
+  Acc sum = y[0] + y[1];
+  if constexpr (sizeof(Acc) == 4) {
+    sum += y[2] + y[3];
   }
-  return part[0];
+  return sum;
 }
 
 template <typename Acc>
