@@ -48,11 +48,11 @@ format: $(BUILT) ## let ruff and clang-format rewrite the sources
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 bench: $(BUILT) ## all benchmarks, their table, CSV files and chart (benchmarks/results/)
-	$(PY) -m pytest benchmarks --benchmark-json=build/bench.json
+	$(PY) -m pytest benchmarks --benchmark-quiet --benchmark-json=build/bench.json
 	$(PY) -m benchmarks.report build/bench.json
 
 bench-quick: $(BUILT) ## the same on tiny networks, as a proof that it runs (build/bench-quick/)
-	$(PY) -m pytest benchmarks --quick --benchmark-json=build/bench-quick.json
+	$(PY) -m pytest benchmarks --quick --benchmark-quiet --benchmark-json=build/bench-quick.json
 	$(PY) -m benchmarks.report build/bench-quick.json --out build/bench-quick
 
 build: $(BUILT) ## only the set-up: environment and compiled package

@@ -122,13 +122,19 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check(actual: Sequence[Tensor], rounded: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def check(
+    actual: Sequence[Tensor],
+    rounded: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    rounding: int = ROUNDING,
+) -> float:
     """The gate: raise AssertionError unless ``actual`` is as right as its dtype lets it be.
 
     Args:
         actual: what is about to be timed.
         rounded: the same by the reference in the dtype of ``actual``.
         exact: the same by the reference in fp64, from the same state.
+        rounding: the rounding band, in units of the last place of the largest entry.
 
     Returns:
         The largest error, relative to the largest entry of its tensor. It may be twice the error of
@@ -139,7 +145,8 @@ def check(actual: Sequence[Tensor], rounded: Sequence[Tensor], exact: Sequence[T
         assert a.shape == e.shape, f"tensor {i}: expected shape {e.shape}, got {a.shape}"
         magnitude = e.abs().max().item()
         error = (a - e).abs().max().item()
-        allowed = 2 * (r - e).abs().max().item() + ROUNDING * torch.finfo(a.dtype).eps * magnitude
+        band = rounding * torch.finfo(a.dtype).eps * magnitude
+        allowed = 2 * (r - e).abs().max().item() + band
         assert error <= allowed, f"tensor {i}: expected an error <= {allowed:.3g}, got {error:.3g}"
         worst = max(worst, error / magnitude) if magnitude else worst
     return worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -111,10 +112,14 @@ class Group:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the root: computes all weights and hands them to the layers."""
-        # A replica of DataParallel shares this hook but not its layers; they serve themselves. So
-        # do those of a root within another accelerated root, which has served them already.
-        if module is not self.root or any(layer.pending for layer in self.layers):
+        # A replica of DataParallel shares this hook but not its layers; they serve themselves.
+        if module is not self.root:
             return
+        if any(layer.pending for layer in self.layers):
+            if torch.compiler.is_compiling() or _is_within_a_root():
+                return  # that root has served the layers already
+            # Left by a forward that was interrupted from outside: no hook has heard of its end.
+            self.after(module, args, None)
         for batch, weights in self.batches():
             for layer, weight in zip(batch.layers, batch.run(weights), strict=True):
                 layer.put(weight)
@@ -125,6 +130,18 @@ class Group:
             for layer in self.layers:
                 if layer.pending:
                     layer.pending.clear()
+
+
+def _is_within_a_root() -> bool:
+    """Whether another accelerated root is being called, besides the one whose hook asks."""
+    calls = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            module = frame.f_locals.get("self")
+            calls += isinstance(module, nn.Module) and bool(_groups(module))
+        frame = frame.f_back
+    return calls > 1
 
 
 def _kind(weight: Tensor | None) -> Kind | None:

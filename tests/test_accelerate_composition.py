@@ -360,3 +360,33 @@ def test_classes_derived_from_those_of_torch_are_left_alone():
     plain, fast = pair(build)
     assert_same_steps(plain, fast, torch.randn(3, 5))
     assert calls_of(lambda: fast(torch.randn(3, 5))) == fused(1)
+
+
+@double
+@each_form
+def test_forward_after_an_interrupted_one(form):
+    """KeyboardInterrupt ends a forward without torch's calling any hook."""
+
+    class Interrupted(nn.Sequential):
+        interrupts = False
+
+        def forward(self, x):
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    def build(form):
+        return Interrupted(*chain(form))
+
+    plain, fast = pair(build, form)
+    x = chain_input()
+    fast.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        fast(x)
+    fast.interrupts = False
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    # The interrupted forward iterated; from here on both start from the same.
+    plain.load_state_dict(fast.state_dict())
+    assert_same_steps(plain, fast, x)

@@ -29,6 +29,4 @@ def assert_sum_no_worse(
     allowed = walk * max(largest, largest_term) + torch.finfo(actual.dtype).eps * largest
     error, peer_error = ((x.double() - exact).abs().max().item() for x in (actual, peer))
     # Written so that NaN fails.
-    assert error <= 2 * peer_error + allowed, (
-        f"{error=:.3g}, {peer_error=:.3g}"
-    )
+    assert error <= 2 * peer_error + allowed, f"{error=:.3g}, {peer_error=:.3g}"
