@@ -10,12 +10,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class CudaDecision(NamedTuple):
@@ -54,7 +53,7 @@ def decide_cuda(wish: str | None, nvcc: str | None, has_kernels: bool) -> CudaDe
     return decision
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the build with one clear line."""
     sys.exit(f"fastsn: error: {message}")
 
@@ -71,7 +70,6 @@ def require_compiler() -> str:
         else "no C++ compiler was found (looked for c++, g++ and clang++); install GCC or Clang, "
         "or name one in the environment variable CXX"
     )
-    raise AssertionError
 
 
 def extension_arguments() -> dict:

@@ -30,15 +30,6 @@ def automatic():
     fastsn.use_backend("auto")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More of them only wait for one another at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The choice
 
 

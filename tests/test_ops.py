@@ -152,15 +152,6 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More of them only wait for one another at these sizes; their number must not matter."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def poisoned_memory():
     """Fresh memory is full of NaN."""
