@@ -130,7 +130,7 @@ def fastsn_accelerated(model: nn.Module) -> nn.Module:
 VARIANTS = {
     "torch": Variant(torch_parametrization, read_layers, parametrization_state),
     "torch hook": Variant(torch_hook, read_hooks, hook_state),
-    # On one thread, inductor sums millions of products one after the other.
+    # Its gradients of large weights were off by 6e-5 on one thread: see NOTES.md.
     "torch.compile": Variant(
         torch_parametrization, read_compiled, parametrization_state, rounding=1024
     ),
