@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 
 BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
 SOURCES := $(shell find csrc -mindepth 1)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/* tests/emulator/*/*))
 BUILT := build/.built
 CONFIG := build/.config
 
@@ -25,7 +25,7 @@ TOOLS := $(VENV)/.tools
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-quick build clean FORCE
+.PHONY: help demo test lint format bench bench-quick gpu build clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -54,6 +54,10 @@ bench: $(BUILT) ## all benchmarks, their table, CSV files and chart (benchmarks/
 bench-quick: $(BUILT) ## the same on tiny networks, as a proof that it runs (build/bench-quick/)
 	$(PY) -m pytest benchmarks --quick --benchmark-quiet --benchmark-json=build/bench-quick.json
 	$(PY) -m benchmarks.report build/bench-quick.json --out build/bench-quick
+
+# Of the interpreter PYTHON alone, in the environment that it belongs to: as with VENV=.
+gpu: ## build, GPU tests, compute-sanitizer and GPU benchmarks; needs a GPU (OUT=folder)
+	$(PYTHON) -m benchmarks.gpu_session $(if $(OUT),--out '$(OUT)')
 
 build: $(BUILT) ## only the set-up: environment and compiled package
 

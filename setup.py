@@ -2,19 +2,26 @@
 pyproject.toml.
 
 FASTSN_CUDA=0 leaves the CUDA kernels out, FASTSN_CUDA=1 insists on them; unset, they are built
-where there are any and nvcc is found, whatever torch is installed. FASTSN_WERROR=1 makes C++
-warnings errors.
+where nvcc is found, whatever torch is installed. FASTSN_CUDA_ARCHITECTURES="80 90" compiles for
+these compute capabilities only. FASTSN_WERROR=1 makes C++ warnings errors.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+#: Object files of the CUDA kernels, and what the assembler reported of each.
+CUDA_OBJECTS = ROOT / "build" / "cuda"
+#: Machine code for these; PTX of the first serves every later one.
+CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class CudaDecision(NamedTuple):
@@ -32,8 +39,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def decide_cuda(wish: str | None, nvcc: str | None, has_kernels: bool) -> CudaDecision:
-    """What to do for FASTSN_CUDA=`wish`, nvcc at `nvcc`, and CUDA sources present or not.
+def decide_cuda(wish: str | None, nvcc: str | None) -> CudaDecision:
+    """What to do for FASTSN_CUDA=`wish` and nvcc at `nvcc`.
 
     Raises:
         ValueError: `wish` is none of None, "", "0", "1", or it is "1" and cannot be fulfilled.
@@ -42,15 +49,68 @@ def decide_cuda(wish: str | None, nvcc: str | None, has_kernels: bool) -> CudaDe
         raise ValueError(f"FASTSN_CUDA must be 0, 1 or unset, got {wish!r}")
     if wish == "0":
         return CudaDecision(False, "FASTSN_CUDA=0")
-    if not has_kernels:
-        decision = CudaDecision(False, "this version of fastsn has no CUDA kernels")
-    elif nvcc is None:
-        decision = CudaDecision(False, "nvcc was found neither under CUDA_HOME nor on PATH")
-    else:
+    if nvcc is not None:
         return CudaDecision(True, f"nvcc found at {nvcc}")
+    reason = "nvcc was found neither under CUDA_HOME nor on PATH"
     if wish == "1":
-        raise ValueError(f"FASTSN_CUDA=1 asks for CUDA kernels, but {decision.reason}")
-    return decision
+        raise ValueError(f"FASTSN_CUDA=1 asks for CUDA kernels, but {reason}")
+    return CudaDecision(False, reason)
+
+
+def cuda_architectures(wish: str | None) -> tuple[str, ...]:
+    """The compute capabilities to compile for, from FASTSN_CUDA_ARCHITECTURES=`wish`.
+
+    Raises:
+        ValueError: `wish` has something other than numbers such as 80 or 90a in it.
+    """
+    wanted = tuple((wish or "").replace(",", " ").split())
+    if not all(re.fullmatch(r"[0-9]+[af]?", one) for one in wanted):
+        raise ValueError(f"FASTSN_CUDA_ARCHITECTURES must be like '80 90', got {wish!r}")
+    return wanted or CUDA_ARCHITECTURES
+
+
+def nvcc_command(nvcc: str, architectures: tuple[str, ...]) -> list[str]:
+    """How a file of kernels is compiled; what to do with it comes after."""
+    command = [nvcc, "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-v"]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    for one in architectures:
+        command.append(f"-gencode=arch=compute_{one},code=sm_{one}")
+    first = architectures[0]
+    command.append(f"-gencode=arch=compute_{first},code=compute_{first}")
+    if os.environ.get("FASTSN_WERROR") == "1":
+        command += ["-Werror", "all-warnings"]
+    return command
+
+
+def compile_cuda(command: list[str]) -> list[str]:
+    """The object files of csrc/cuda/*.cu, compiled where they are not up to date."""
+
+    def compile_one(source: Path) -> str:
+        result, report = (CUDA_OBJECTS / f"{source.stem}{end}" for end in (".o", ".ptxas"))
+        words = [*command, "-c", str(source.relative_to(ROOT)), "-o", str(result)]
+        newest = max(path.stat().st_mtime for path in source.parent.iterdir())
+        if result.exists() and report.exists() and result.stat().st_mtime > newest:
+            if report.read_text().startswith(" ".join(words)):
+                return str(result)
+        print(" ".join(words), flush=True)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(done.stdout + done.stderr, file=sys.stderr)
+            fail(f"nvcc could not compile {source.name}; FASTSN_CUDA=0 builds without CUDA kernels")
+        report.write_text(" ".join(words) + "\n" + done.stdout + done.stderr)
+        return str(result)
+
+    CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
+
+
+def cuda_runtime(nvcc: str) -> str:
+    """The static runtime library that belongs to this nvcc: nothing of CUDA is needed to import."""
+    home = Path(nvcc).resolve().parents[1]
+    for found in sorted(home.glob("**/libcudart_static.a")):
+        return str(found)
+    fail(f"no libcudart_static.a was found under {home}; FASTSN_CUDA=0 builds without CUDA kernels")
 
 
 def fail(message: str) -> NoReturn:
@@ -84,12 +144,13 @@ def extension_arguments() -> dict:
             "fastsn with `pip install --no-build-isolation .`"
         )
 
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+    nvcc = find_nvcc()
     try:
-        cuda = decide_cuda(os.environ.get("FASTSN_CUDA"), find_nvcc(), bool(cuda_sources))
+        cuda = decide_cuda(os.environ.get("FASTSN_CUDA"), nvcc)
+        architectures = cuda_architectures(os.environ.get("FASTSN_CUDA_ARCHITECTURES"))
     except ValueError as error:
         fail(str(error))
-    built = "built" if cuda.build else "not built"
+    built = f"built for sm_{', sm_'.join(architectures)}" if cuda.build else "not built"
     print(f"fastsn: CPU kernels: built with {compiler} against torch {torch.__version__}")
     print(f"fastsn: CUDA kernels: {built} ({cuda.reason})", flush=True)
 
@@ -98,20 +159,39 @@ def extension_arguments() -> dict:
     flags += ["-Wno-psabi", *(f"-isystem{path}" for path in include_paths())]
     if os.environ.get("FASTSN_WERROR") == "1":
         flags.append("-Werror")
+    sources = [
+        str(path.relative_to(ROOT))
+        for path in sorted(ROOT.glob("csrc/**/*.cpp"))
+        if cuda.build or path.parent.name != "cuda"
+    ]
     extension = CppExtension(
         "fastsn._C",
-        sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")),
-        depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")),
+        sources,
+        depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*") if p.is_file()),
         define_macros=[
             ("FASTSN_TORCH_VERSION", f'"{torch.__version__}"'),
             ("FASTSN_CUDA_REASON", f'"{cuda.reason}"'),
+            ("FASTSN_CUDA_ARCHITECTURES", f'"{" ".join(architectures) if cuda.build else ""}"'),
         ],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp"],
     )
+
+    class Build(BuildExtension):
+        """torch's build; the kernels' objects are linked in, and CUDA's runtime, hidden."""
+
+        def build_extensions(self) -> None:
+            if cuda.build and nvcc:
+                runtime = cuda_runtime(nvcc)
+                extension.extra_objects += compile_cuda(nvcc_command(nvcc, architectures))
+                extension.extra_objects.append(runtime)
+                extension.extra_link_args += ["-ldl", "-lrt", "-lpthread"]
+                extension.extra_link_args.append(f"-Wl,--exclude-libs,{Path(runtime).name}")
+            super().build_extensions()
+
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
     }
 
 

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <numeric>
 
 namespace fastsn {
 
@@ -33,7 +32,7 @@ MatrixView view_as_matrix(const at::Tensor& weight, int64_t dim) {
   }
 
   // A dimension of size 1 has no place in memory of its own: its stride says nothing.
-  std::vector<int64_t> others;
+  c10::SmallVector<int64_t, 8> others;
   for (int64_t d = 0; d < weight.dim(); ++d) {
     if (d != dim && sizes[d] > 1) {
       others.push_back(d);
@@ -45,24 +44,41 @@ MatrixView view_as_matrix(const at::Tensor& weight, int64_t dim) {
     (is_outer(d) ? view.outer : view.inner) *= sizes[d];
   }
 
-  const int64_t cols = view.cols();
-  view.column_order.assign(cols, 0);
-  int64_t repeat = cols;
-  bool identity = true;
+  // In the order of memory; neighbours that are neighbours in the logical order too are one digit.
+  std::sort(
+      others.begin(), others.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   for (const int64_t d : others) {
-    repeat /= sizes[d];
-    const int64_t step = is_outer(d) ? strides[d] / view.rows : strides[d];
-    for (int64_t c = 0; c < cols; ++c) {
-      view.column_order[c] += (c / repeat) % sizes[d] * step;
+    int64_t stride = 1;
+    for (int64_t later = d + 1; later < weight.dim(); ++later) {
+      stride *= later == dim ? 1 : sizes[later];
+    }
+    if (!view.digits.empty() && view.digits.back().stride == stride * sizes[d]) {
+      view.digits.back() = {view.digits.back().size * sizes[d], stride};
+    } else {
+      view.digits.push_back({sizes[d], stride});
     }
   }
-  for (int64_t c = 0; c < cols && identity; ++c) {
-    identity = view.column_order[c] == c;
-  }
-  if (identity) {
-    view.column_order.clear();
+  if (view.digits.size() < 2) {
+    view.digits.clear();
   }
   return view;
+}
+
+std::vector<int64_t> MatrixView::column_order() const {
+  if (digits.empty()) {
+    return {};
+  }
+  std::vector<int64_t> order(cols());
+  for (int64_t memory = 0; memory < cols(); ++memory) {
+    int64_t rest = memory;
+    int64_t logical = 0;
+    for (auto digit = digits.rbegin(); digit != digits.rend(); ++digit) {
+      logical += rest % digit->size * digit->stride;
+      rest /= digit->size;
+    }
+    order[logical] = memory;
+  }
+  return order;
 }
 
 Estimates describe(at::TensorList weights, at::IntArrayRef layers, at::IntArrayRef dims) {
@@ -135,6 +151,102 @@ at::ScalarType accumulate_type(at::TensorList weights) {
         weights[0].scalar_type(), " and ", type);
   }
   return is_double ? at::kDouble : at::kFloat;
+}
+
+namespace {
+
+void check_vector(
+    const at::Tensor& x, const char* name, size_t index, int64_t length, const at::Device& device) {
+  TORCH_CHECK(
+      x.dim() == 1 && x.size(0) == length, "fastsn: ", name, "[", index, "] must have shape [",
+      length, "], got ", x.sizes());
+  TORCH_CHECK(
+      x.device() == device, "fastsn: ", name, "[", index, "] must be on ", device, ", got ",
+      x.device());
+  TORCH_CHECK(
+      x.is_floating_point(), "fastsn: ", name, "[", index, "] must be floating point, got ",
+      x.scalar_type());
+}
+
+}  // namespace
+
+void check_vectors(
+    const Estimates& estimates, at::TensorList weights, at::TensorList u, at::TensorList v,
+    at::IntArrayRef n_power_iterations) {
+  const size_t count = estimates.items.size();
+  TORCH_CHECK(
+      u.size() == count && v.size() == count, "fastsn: expected ", count, " u and v, got ",
+      u.size(), " and ", v.size());
+  TORCH_CHECK(
+      n_power_iterations.size() == weights.size(), "fastsn: expected ", weights.size(),
+      " n_power_iterations, got ", n_power_iterations.size());
+  for (size_t e = 0; e < count; ++e) {
+    const auto& view = estimates.items[e].view;
+    check_vector(u[e], "u", e, view.rows, weights[0].device());
+    check_vector(v[e], "v", e, view.cols(), weights[0].device());
+  }
+}
+
+void check_snapshot(
+    const Estimates& estimates, at::TensorList weights, const at::Tensor& snapshot,
+    at::ArrayRef<double> scales) {
+  TORCH_CHECK(
+      scales.size() == weights.size(), "fastsn: expected ", weights.size(), " scales, got ",
+      scales.size());
+  TORCH_CHECK(
+      snapshot.dim() == 1 && snapshot.size(0) == estimates.snapshot_numel &&
+          snapshot.is_contiguous() && snapshot.scalar_type() == accumulate_type(weights) &&
+          snapshot.device() == weights[0].device(),
+      "fastsn: expected a contiguous ", accumulate_type(weights), " snapshot of ",
+      estimates.snapshot_numel, " elements on ", weights[0].device(), ", got ",
+      snapshot.scalar_type(), " of shape ", snapshot.sizes(), " on ", snapshot.device());
+}
+
+void check_gradients(at::TensorList grads, at::TensorList weights) {
+  TORCH_CHECK(
+      grads.size() == weights.size(), "fastsn: expected ", weights.size(), " gradients, got ",
+      grads.size());
+  for (size_t l = 0; l < weights.size(); ++l) {
+    TORCH_CHECK(
+        grads[l].sizes() == weights[l].sizes() && grads[l].is_floating_point() &&
+            grads[l].device() == weights[l].device(),
+        "fastsn: expected a floating point gradient of shape ", weights[l].sizes(), " on ",
+        weights[l].device(), ", got ", grads[l].scalar_type(), " of shape ", grads[l].sizes(),
+        " on ", grads[l].device());
+  }
+}
+
+bool have_type(at::TensorList tensors, at::ScalarType type) {
+  return std::all_of(
+      tensors.begin(), tensors.end(), [&](const auto& x) { return x.scalar_type() == type; });
+}
+
+bool have_types_of(at::TensorList tensors, at::TensorList others) {
+  return std::equal(
+      tensors.begin(), tensors.end(), others.begin(), others.end(),
+      [](const auto& x, const auto& y) { return x.scalar_type() == y.scalar_type(); });
+}
+
+std::vector<at::Tensor> converted(at::TensorList tensors, at::ScalarType type) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const auto& tensor : tensors) {
+    result.push_back(tensor.to(type));
+  }
+  return result;
+}
+
+std::vector<at::Tensor> converted_like(at::TensorList tensors, at::TensorList others) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    result.push_back(tensors[k].to(others[k].scalar_type()));
+  }
+  return result;
+}
+
+at::Tensor with_strides_of(const at::Tensor& grad, const at::Tensor& like) {
+  return grad.strides() == like.strides() ? grad : at::empty_like(like, grad.options()).copy_(grad);
 }
 
 Factor factor_of(double sigma, double scale, bool bound, bool zero_guard) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <vector>
 
@@ -9,14 +10,22 @@ namespace fastsn {
 // A weight seen as the matrix whose rows are the slices along one dimension, in memory order:
 // element (r, c) with c = a * inner + b lies at (a * rows + r) * inner + b.
 struct MatrixView {
+  // A memory column is a number with these digits, the last one running fastest; the sum of digit
+  // times stride is its logical column.
+  struct Digit {
+    int64_t size;
+    int64_t stride;
+  };
+
   int64_t outer = 1;
   int64_t rows = 1;
   int64_t inner = 1;
-  // Memory column of each logical column; empty when the two orders agree.
-  std::vector<int64_t> column_order;
+  c10::SmallVector<Digit, 4> digits;  // none where memory columns are logical columns
 
   int64_t cols() const { return outer * inner; }
   int64_t numel() const { return rows * cols(); }
+  // Memory column of each logical column; empty where there are no digits.
+  std::vector<int64_t> column_order() const;
 };
 
 // `weight` must be dense and non-overlapping; `dim` counts from the front.
@@ -51,6 +60,26 @@ std::vector<at::Tensor> as_dense(at::TensorList weights);
 
 // fp64 for fp64 weights, fp32 for everything narrower.
 at::ScalarType accumulate_type(at::TensorList weights);
+
+// Errors, before anything is changed: u, v and n_power_iterations of power_; snapshot and scales of
+// scale and scale_backward.
+void check_vectors(
+    const Estimates& estimates, at::TensorList weights, at::TensorList u, at::TensorList v,
+    at::IntArrayRef n_power_iterations);
+void check_snapshot(
+    const Estimates& estimates, at::TensorList weights, const at::Tensor& snapshot,
+    at::ArrayRef<double> scales);
+
+void check_gradients(at::TensorList grads, at::TensorList weights);
+
+// Types that differ from the weights' meet at the accumulate type: only there is a result rounded.
+bool have_type(at::TensorList tensors, at::ScalarType type);
+bool have_types_of(at::TensorList tensors, at::TensorList others);
+std::vector<at::Tensor> converted(at::TensorList tensors, at::ScalarType type);
+std::vector<at::Tensor> converted_like(at::TensorList tensors, at::TensorList others);
+
+// `grad` with the strides of `like`: itself, or a copy.
+at::Tensor with_strides_of(const at::Tensor& grad, const at::Tensor& like);
 
 // What a layer's sigma does to its weight: weight' = factor * weight, and whether the gradient
 // sees sigma move (it does not where a bound is slack or where zero_guard steps in).

@@ -1,11 +1,52 @@
 #include "cpu/kernels.h"
+#include "ops.h"
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+
+namespace {
+
+std::vector<at::Tensor> tensors_of(const py::list& list) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(list.size());
+  for (const auto& item : list) {
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "fastsn: expected a list of tensors");
+    tensors.push_back(THPVariable_Unpack(item.ptr()));
+  }
+  return tensors;
+}
+
+// power_ (estimate, where nothing iterates) and scale in one call from Python, which for small
+// layers spends more time on passing arguments than on computing. Both go through the dispatcher as
+// if called one after the other.
+std::pair<std::vector<at::Tensor>, at::Tensor> normalize(
+    const py::list& weight_list, const py::list& u_list, const py::list& v_list,
+    const std::vector<int64_t>& layers, const std::vector<int64_t>& dims,
+    const std::vector<int64_t>& n_power_iterations, const std::vector<double>& scales, double eps,
+    bool v_first, bool bound, bool zero_guard, std::optional<at::ScalarType> dtype) {
+  const auto weights = tensors_of(weight_list);
+  const auto u = tensors_of(u_list);
+  const auto v = tensors_of(v_list);
+  const py::gil_scoped_release no_gil;
+  const bool iterates = std::any_of(
+      n_power_iterations.begin(), n_power_iterations.end(), [](int64_t n) { return n != 0; });
+  const auto snapshot = iterates
+      ? fastsn::power_(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard)
+      : fastsn::estimate(weights, u, v, layers, dims);
+  return {
+      fastsn::scale(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype), snapshot};
+}
+
+}  // namespace
 
 // Importing the module registers the operators; what it exports tells how it was built.
 PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = FASTSN_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_reason") = FASTSN_CUDA_REASON;
+  m.attr("cuda_architectures") = FASTSN_CUDA_ARCHITECTURES;  // none: no CUDA kernels
   m.def("cpu_capability", &fastsn::cpu_capability);
+  m.def("normalize", &normalize);
 }

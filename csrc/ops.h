@@ -2,9 +2,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
-// The operators, as C++ functions that go through the dispatcher. Their schemas are in ops.cpp.
+// The operators, as C++ functions that go through the dispatcher. Their schemas are in schemas.h.
 namespace fastsn {
 
 at::Tensor power_(
@@ -18,7 +19,8 @@ at::Tensor estimate(
 
 std::vector<at::Tensor> scale(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
-    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard);
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
+    std::optional<at::ScalarType> dtype);
 
 std::vector<at::Tensor> scale_backward(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,

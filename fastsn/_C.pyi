@@ -1,7 +1,28 @@
 """How the extension was built; importing it registers ``torch.ops.fastsn``."""
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 torch_version: str
 compiler: str
 cuda_reason: str
+cuda_architectures: str
 
 def cpu_capability() -> str: ...
+def normalize(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    layers: Sequence[int],
+    dims: Sequence[int],
+    n_power_iterations: Sequence[int],
+    scales: Sequence[float],
+    eps: float,
+    v_first: bool,
+    bound: bool,
+    zero_guard: bool,
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor]:
+    """``power_`` (``estimate``, where nothing iterates), then ``scale``: lists are passed once."""

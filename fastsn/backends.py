@@ -1,14 +1,18 @@
 """Which implementation of the operators serves a call.
 
-Every back-end is a module with the functions of :mod:`fastsn.reference`, the same names and the
-same arguments. ``"auto"`` takes the first that can serve; :func:`use_backend` or the environment
+Every back-end has the functions of :mod:`fastsn.reference`, the same names and the same arguments.
+The compiled ones stand behind the operators :mod:`fastsn.ops`, one for each kind of device; the
+Triton kernels take the place of a compiled one where there is none, or when they are asked for.
+``"auto"`` takes the first of ``NAMES`` that can serve; :func:`use_backend` or the environment
 variable ``FASTSN_BACKEND`` forces one, and then a call that it cannot serve raises.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -22,22 +26,43 @@ NAMES = ("cpp", "cuda", "triton", "reference")
 _forced = "auto"
 
 
+def _triton() -> ModuleType:
+    return import_module("fastsn.triton")
+
+
 def why_not(name: str) -> str | None:
     """Why the back-end cannot run in this process at all, or None if it can."""
     if name == "cuda":
-        return f"CUDA kernels were not built: {ops._C.cuda_reason}"
+        if not torch.cuda.is_available():
+            return _cuda_missing() or f"torch {torch.__version__} finds no CUDA device"
+        return _cuda_missing()
     if name == "triton":
-        return "this version of fastsn has no Triton kernels"
+        return _triton().why_not()
+    return None
+
+
+def _cuda_missing() -> str | None:
+    if not ops._C.cuda_architectures:
+        return f"CUDA kernels were not built: {ops._C.cuda_reason}"
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is for AMD GPUs"
     return None
 
 
 def _why_not_for(name: str, weight: Tensor) -> str | None:
-    if name != "cpp":
-        return why_not(name)
+    if name == "reference":
+        return None
+    device = weight.device.type
     if weight.is_complex():
         return f"it has no kernels for {weight.dtype}"
-    if weight.device.type not in ("cpu", "meta"):
+    if name == "cpp" and device not in ("cpu", "meta"):
         return f"it runs on the CPU, the weights are on {weight.device}"
+    if name == "cuda" and device != "cuda":
+        return f"it runs on CUDA devices, the weights are on {weight.device}"
+    if name == "cuda" and _cuda_missing():
+        return _cuda_missing()
+    if name == "triton" and not _triton().serves(weight.device):
+        return why_not(name) or f"it does not run on {weight.device}, where the weights are"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode differentiation need the reference"
     return None
@@ -51,14 +76,47 @@ def select(weights: Sequence[Tensor]) -> ModuleType:
     """
     # Only complex numbers, devices and transforms decide, and a call does not mix those.
     if _forced == "auto":
-        return reference if _why_not_for("cpp", weights[0]) else ops
-    reason = _why_not_for(_forced, weights[0])
-    if reason:
-        possible = [name for name in NAMES if _why_not_for(name, weights[0]) is None]
-        raise RuntimeError(
-            f"fastsn back-end {_forced!r} was asked for, but {reason}; these can serve: {possible}"
-        )
-    return reference if _forced == "reference" else ops
+        name = next(name for name in NAMES if _why_not_for(name, weights[0]) is None)
+    else:
+        name = _forced
+        reason = _why_not_for(name, weights[0])
+        if reason:
+            possible = [other for other in NAMES if _why_not_for(other, weights[0]) is None]
+            raise RuntimeError(
+                f"fastsn back-end {name!r} was asked for, but {reason}; these can serve: {possible}"
+            )
+    return reference if name == "reference" else ops
+
+
+def _triton_kernel(name: str) -> Callable[..., object]:
+    def call(*args: object) -> object:
+        return getattr(_triton(), name)(*args)
+
+    return call
+
+
+class _TritonKernels:
+    """While this lives, Triton kernels serve the operators for these dispatch keys."""
+
+    def __init__(self, *keys: str) -> None:
+        self.library = torch.library.Library("fastsn", "IMPL")
+        with warnings.catch_warnings():
+            # That a compiled kernel is overridden: it is meant to be.
+            warnings.simplefilter("ignore")
+            for name in ("power_", "estimate", "scale", "scale_backward"):
+                for key in keys:
+                    self.library.impl(name, _triton_kernel(name), key, allow_override=True)
+
+
+# Where there are no compiled ones for GPUs. Nothing of Triton is imported until they are called.
+_standing_in = None if ops._C.cuda_architectures else _TritonKernels("CUDA")
+_overriding: _TritonKernels | None = None
+
+
+def _force(name: str) -> None:
+    global _forced, _overriding
+    _forced = name
+    _overriding = _TritonKernels("CPU", "CUDA") if name == "triton" else None
 
 
 def _check(name: str) -> str:
@@ -77,8 +135,10 @@ class use_backend:
     """Makes one back-end serve every call, from now on or within a ``with`` block.
 
     Args:
-        name: ``"cpp"`` (compiled CPU kernels), ``"cuda"``, ``"triton"``, ``"reference"`` (plain
-            PyTorch, the specification), or ``"auto"``.
+        name: ``"cpp"`` (compiled CPU kernels), ``"cuda"`` (compiled kernels for NVIDIA GPUs),
+            ``"triton"`` (kernels compiled at first use, for NVIDIA and AMD GPUs, and with
+            ``TRITON_INTERPRET=1`` slowly for the CPU), ``"reference"`` (plain PyTorch, the
+            specification), or ``"auto"``.
 
     Raises:
         ValueError: an unknown name.
@@ -92,16 +152,14 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _forced
         self._previous = _forced
-        _forced = _check(name)
+        _force(_check(name))
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def current_backend() -> str:
@@ -109,4 +167,4 @@ def current_backend() -> str:
     return _forced
 
 
-_forced = _check(os.environ.get("FASTSN_BACKEND") or "auto")
+_force(_check(os.environ.get("FASTSN_BACKEND") or "auto"))

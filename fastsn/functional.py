@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsn import backends, reference
+from fastsn import backends, ops, reference
 
 NORMS = ("matrix", "bidirectional")
 
@@ -121,11 +121,23 @@ def normalize(
     u: Sequence[Tensor],
     v: Sequence[Tensor],
     n_power_iterations: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The one path of every variant: (normalized weights, snapshot). Nothing is validated here."""
+    backend = backends.select(weights)
+    if (
+        backend is ops
+        and not torch.compiler.is_compiling()
+        and not torch.overrides.has_torch_function(weights)
+    ):
+        # Both operators by one call, which passes the lists once.
+        return ops.normalize(
+            weights, u, v, call.layers, call.dims, n_power_iterations, call.scales, call.eps,
+            call.v_first, call.bound, call.zero_guard, dtype,
+        )  # fmt: skip
     snapshot = iterate(call, weights, u, v, n_power_iterations)
-    normalized = backends.select(weights).scale(
-        weights, snapshot, call.layers, call.dims, call.scales, call.bound, call.zero_guard
+    normalized = backend.scale(
+        weights, snapshot, call.layers, call.dims, call.scales, call.bound, call.zero_guard, dtype
     )
     return normalized, snapshot
 
@@ -199,6 +211,7 @@ def spectral_norm(
     bound: bool = False,
     zero_guard: bool = False,
     v_first: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
     r"""Spectrally normalizes one weight, or many in one call.
 
@@ -226,15 +239,18 @@ def spectral_norm(
         zero_guard: a weight with sigma = 0 becomes ``s W`` (zeros) instead of NaN, its gradient s
             times the incoming one, and its u and v stay.
         v_first: iterate v first, then u (the order of ``torch.nn.utils.spectral_norm``).
+        dtype: the type of the normalized weights, rounded to once; default: each weight's own.
+            Gradients come back in the weight's type.
 
     Returns:
-        (normalized, sigma): of the weight's shape and type; a 0-d tensor in fp32 or wider without
-        gradient. Lists where ``weight`` is a list.
+        (normalized, sigma): of the weight's shape, in its type or ``dtype``; a 0-d tensor in fp32
+        or wider without gradient. Lists where ``weight`` is a list.
 
     Raises:
         ValueError: ``n_power_iterations`` < 0, an unknown norm, a scale that is not finite and
             positive, vectors of the wrong number, shape or device, an uninitialized weight.
-        TypeError: an integer or sparse weight, or a vector of another type.
+        TypeError: an integer or sparse weight, a vector of another type, or a ``dtype`` that is not
+            among those of weights or loses the imaginary part.
         IndexError: ``dim`` out of range.
         Nothing is changed then.
 
@@ -279,6 +295,9 @@ def spectral_norm(
                 f"{w.device}"
             )
         dims.append(estimate_dims(w.shape, checked, norm))
+    if dtype is not None and (dtype not in _DTYPES or dtype.is_complex != weights[0].is_complex()):
+        possible = [t for t in _DTYPES if t.is_complex == weights[0].is_complex()]
+        raise TypeError(f"dtype must be None or one of {possible}, got {dtype!r}")
     call = make_call(dims, [method.scale] * len(weights), eps, v_first, bound, zero_guard)
     if not len(us) == len(vs) == len(call.layers):
         raise ValueError(
@@ -290,7 +309,7 @@ def spectral_norm(
         _check_vector(vs[e], f"v[{e}]", cols, weights[layer])
 
     iterations = [n_power_iterations] * len(weights)
-    normalized, snapshot = normalize(call, weights, us, vs, iterations)
+    normalized, snapshot = normalize(call, weights, us, vs, iterations, dtype)
     sigmas = reference.sigmas_of(snapshot, call.layers)
     if isinstance(weight, Tensor):
         return normalized[0], sigmas[0]

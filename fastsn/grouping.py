@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from fastsn import functional, parametrizations, reference
+from fastsn import autocast, functional, parametrizations, reference
 from fastsn.functional import Call
 from fastsn.layers import Layer, ParametrizedLayer, State, find, take_over
 
@@ -26,11 +27,12 @@ class Batch(NamedTuple):
     layers: list[Layer]
     call: Call
     keeps_sigma: bool
+    dtype: torch.dtype | None  # of the normalized weights, if not their own
 
     def run(self, weights: list[Tensor]) -> list[Tensor]:
         """The normalized weights; iterates as the layers' modes say."""
         states = _joined(layer.step() for layer in self.layers)
-        normalized, snapshot = functional.normalize(self.call, weights, *states)
+        normalized, snapshot = functional.normalize(self.call, weights, *states, self.dtype)
         if self.keeps_sigma:
             sigmas = reference.sigmas_of(snapshot, self.call.layers)
             for layer, sigma in zip(self.layers, sigmas, strict=True):
@@ -60,24 +62,28 @@ Kind = tuple[torch.device, torch.dtype]
 Planned = list[tuple[Batch, list[Tensor]]]
 
 
-def _plan(layers: Iterable[Layer]) -> list[Batch]:
-    """The layers sorted into as few calls as their devices, types and constants allow."""
+def _plan(layers: Iterable[Layer], low: torch.dtype | None = None) -> list[Batch]:
+    """The layers sorted into as few calls as their devices, types and constants allow.
+
+    Weights that autocast would cast are computed in its type ``low``.
+    """
     found: dict[tuple[Any, ...], list[tuple[Layer, Call]]] = {}
     for layer in layers:
         call, weight = layer.call(), layer.weight()
         assert weight is not None, "a layer that was just found has its weight"
         kind = (weight.device, reference.accumulate_type(weight))
-        key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard)
+        dtype = low if weight.dtype == torch.float32 and layer.casts() else None
+        key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard, dtype)
         found.setdefault(key, []).append((layer, call))
     batches = []
-    for members in found.values():
+    for key, members in found.items():
         call = members[0][1]._replace(
             layers=[i for i, (_, own) in enumerate(members) for _ in own.layers],
             dims=[dim for _, own in members for dim in own.dims],
             scales=[scale for _, own in members for scale in own.scales],
         )
         keeps_sigma = any(layer.keeps_sigma for layer, _ in members)
-        batches.append(Batch([layer for layer, _ in members], call, keeps_sigma))
+        batches.append(Batch([layer for layer, _ in members], call, keeps_sigma, key[-1]))
     return batches
 
 
@@ -90,25 +96,39 @@ class Group:
 
     def _find(self) -> None:
         self.layers = list(find(self.root))
-        self._batches = _plan(self.layers)
-        self._kinds = [_kind(layer.weight()) for batch in self._batches for layer in batch.layers]
+        self._plans: dict[torch.dtype | None, tuple[list[Batch], list[Kind | None]]] = {}
         for layer in self.layers:
             if isinstance(layer, ParametrizedLayer):
                 parametrizations.install_shortcut(layer.module, layer.tensor_name)
+        self._plan(None)
+
+    def _plan(self, low: torch.dtype | None) -> tuple[list[Batch], list[Kind | None]]:
+        batches = _plan(self.layers, low)
+        kinds = [_kind(layer.weight()) for batch in batches for layer in batch.layers]
+        self._plans[low] = batches, kinds
+        return batches, kinds
 
     # A copy has layers of its own, which it finds when they are all there.
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "layers": [], "_batches": [], "_kinds": [None]}
+        return {"root": self.root, "layers": [], "_plans": {None: ([], [None])}}
 
-    def batches(self) -> Planned:
+    def batches(self, low: torch.dtype | None = None) -> Planned:
         """The calls to make and their weights, planned anew when layers came, went or changed."""
-        planned = [(batch, [layer.weight() for layer in batch.layers]) for batch in self._batches]
-        if [_kind(weight) for _, weights in planned for weight in weights] != self._kinds:
+        batches, kinds = self._plans.get(low) or self._plan(low)
+        planned = [(batch, [layer.weight() for layer in batch.layers]) for batch in batches]
+        if [_kind(weight) for _, weights in planned for weight in weights] != kinds:
             self._find()
-            planned = [
-                (batch, [layer.weight() for layer in batch.layers]) for batch in self._batches
-            ]
+            batches, _ = self._plans.get(low) or self._plan(low)
+            planned = [(batch, [layer.weight() for layer in batch.layers]) for batch in batches]
         return planned  # type: ignore[return-value]  # a weight that is None changes the kinds
+
+    def _low(self) -> torch.dtype | None:
+        """The type that autocast would cast the weights of this forward to, if it is on."""
+        # The compiler fuses the cast; torch's cache of parametrizations outlives autocast.
+        if torch.compiler.is_compiling() or parametrize._cache_enabled or not self.layers:
+            return None
+        weight = self.layers[0].weight()
+        return None if weight is None else autocast.current(weight.device)
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the root: computes all weights and hands them to the layers."""
@@ -120,7 +140,7 @@ class Group:
                 return  # that root has served the layers already
             # Left by a forward that was interrupted from outside: no hook has heard of its end.
             self.after(module, args, None)
-        for batch, weights in self.batches():
+        for batch, weights in self.batches(self._low()):
             for layer, weight in zip(batch.layers, batch.run(weights), strict=True):
                 layer.put(weight)
 
@@ -189,7 +209,10 @@ def accelerate(model: T_module) -> T_module:
     power iteration step as configured in training mode, none in eval mode, and the first read of a
     layer's weight in that forward finds it. Every other read computes by itself, as before: a layer
     used a second time in the same forward (torch iterates for each use), a sub-module called on its
-    own, a weight read outside. Two forwards before one backward are safe. The one difference from
+    own, a weight read outside. Under autocast, the weights of torch's linear layers and
+    convolutions (parametrization form) come in autocast's type at once, which are the numbers that
+    autocast would round them to; where a part of the forward turns autocast off, in their own.
+    Two forwards before one backward are safe. The one difference from
     torch: a layer that a forward does not use iterates too. Calling ``accelerate`` again takes in
     layers that were added since.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
 
-from fastsn import biggan, hooks, parametrizations
+from fastsn import autocast, biggan, hooks, parametrizations
 from fastsn.functional import Call
 
 __all__ = ["Layer", "find", "take_over"]
@@ -31,6 +31,9 @@ class Layer(Protocol):
     module: Any
     pending: list[Any]  # not empty between :meth:`put` and the read that finds the weight
     keeps_sigma: bool
+
+    def casts(self) -> bool:
+        """Whether the weight may be put in the type that autocast would cast it to."""
 
     def call(self) -> Call:
         """The constants of a call for this layer alone."""
@@ -68,6 +71,9 @@ class ParametrizedLayer:
         if not isinstance(self.norm.pending, list):
             self.norm.pending = []
         self.pending = self.norm.pending
+
+    def casts(self) -> bool:
+        return len(self.list) == 1 and autocast.casts(self.module, self.tensor_name)
 
     def call(self) -> Call:
         return self.norm.call(self.list.original.shape)
@@ -118,6 +124,9 @@ class HookedLayer:
         self.hook = hook
         self.pending = hook.own_pending()
 
+    def casts(self) -> bool:
+        return False  # the weight stays on as an attribute when autocast has ended
+
     def call(self) -> Call:
         return self.hook.call(getattr(self.module, f"{self.hook.name}_orig").shape)
 
@@ -155,6 +164,9 @@ class BigGanLayer:
         self.name = name
         self.module = module
         self.pending = biggan.pending(module)
+
+    def casts(self) -> bool:
+        return False  # somebody else's forward
 
     def call(self) -> Call:
         return biggan.call(self.module)

@@ -16,12 +16,13 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps fastsn"
     ) from error
 
-__all__ = ["_C", "estimate", "power_", "scale", "scale_backward"]
+__all__ = ["_C", "estimate", "normalize", "power_", "scale", "scale_backward"]
 
 power_ = torch.ops.fastsn.power_.default
 estimate = torch.ops.fastsn.estimate.default
 scale = torch.ops.fastsn.scale.default
 scale_backward = torch.ops.fastsn.scale_backward.default
+normalize = _C.normalize
 
 
 def _snapshot_like(weights: Sequence[Tensor], layers: Sequence[int], dims: Sequence[int]) -> Tensor:
@@ -33,8 +34,8 @@ def _snapshot_like(weights: Sequence[Tensor], layers: Sequence[int], dims: Seque
     return weights[0].new_empty(numel, dtype=dtype)
 
 
-def _results_like(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(weight) for weight in weights]
+def _results_like(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.empty_like(weight, dtype=dtype) for weight in weights]
 
 
 @torch.library.register_fake("fastsn::power_")
@@ -48,8 +49,8 @@ def _(weights, u, v, layers, dims):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fastsn::scale")
-def _(weights, snapshot, layers, dims, scales, bound, zero_guard):  # type: ignore[no-untyped-def]
-    return _results_like(weights)
+def _(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype=None):  # type: ignore[no-untyped-def]
+    return _results_like(weights, dtype)
 
 
 @torch.library.register_fake("fastsn::scale_backward")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchSpectralNorm
 
-from fastsn import backends, functional
+from fastsn import autocast, backends, functional
 from fastsn.functional import Method
 
 __all__ = ["spectral_norm"]
@@ -62,10 +62,15 @@ def install_shortcut(module: nn.Module, name: str) -> None:
         return
 
     def get_pending(self: nn.Module) -> Tensor:
-        norms = self.__dict__["_modules"]["parametrizations"]._modules[name]._modules
-        pending = norms["0"].pending if len(norms) == 1 else ()
+        weights = self.__dict__["_modules"]["parametrizations"]._modules[name]
+        norms = weights._modules
+        # A copy of the module from before has the same class, and perhaps torch's own norm in it.
+        pending = getattr(norms["0"], "pending", ()) if len(norms) == 1 else ()
         if pending and not parametrize._cache_enabled:
-            return pending.pop()
+            weight = pending.pop()
+            if weight.dtype is torch.float32:
+                return weight
+            return norms["0"].settled(weight, weights.original)
         return read.fget(self)
 
     setattr(type(module), name, property(get_pending, read.fset))
@@ -111,10 +116,20 @@ class _SpectralNorm(_TorchSpectralNorm):
         if weight.ndim == 1:
             return functional.normalize_vector(weight, self.eps, self.method)
         if self.pending:
-            return self.pending.pop()
+            return self.settled(self.pending.pop(), weight)
         iterations = self.n_power_iterations if self.training else 0
         u, v = self.vectors()
         return functional.normalize(self.call(weight.shape), [weight], u, v, [iterations])[0][0]
+
+    def settled(self, normalized: Tensor, weight: Tensor) -> Tensor:
+        """A pending weight, which may be in autocast's type, in the type that is right for its use.
+
+        Where autocast has been turned off in between, it is computed again with the same u and v.
+        """
+        if autocast.fits(normalized, weight):
+            return normalized
+        u, v = self.vectors()
+        return functional.normalize(self.call(weight.shape), [weight], u, v, [0])[0][0]
 
     def _power_method(self, weight_mat: Tensor, n_power_iterations: int) -> None:
         self._warm_up(weight_mat, self._u, self._v, 0, n_power_iterations, v_first=False)

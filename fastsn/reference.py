@@ -16,6 +16,7 @@ holds what :func:`scale` needs, so that u and v may move on before the backward.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ from torch import Tensor
 def accumulate_type(weight: Tensor) -> torch.dtype:
     """The type of u, v and sigma in a snapshot: fp32 for everything narrower than fp32."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def full_precision(weight: Tensor) -> AbstractContextManager[object]:
+    """Keeps autocast from computing in half precision what is done with ``weight``."""
+    device = weight.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def to_matrix(weight: Tensor, dim: int) -> Tensor:
@@ -77,7 +86,7 @@ def power_(
     """
     vectors: list[Tensor] = []
     sigmas: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(weights[0]):
         for e, (layer, dim) in enumerate(zip(layers, dims, strict=True)):
             weight = weights[layer].detach()  # forward-mode derivatives heed no no_grad()
             matrix = to_matrix(weight, dim).to(accumulate_type(weight))
@@ -149,25 +158,31 @@ def scale(
     scales: Sequence[float],
     bound: bool,
     zero_guard: bool,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The normalized weights ``scale * W / sigma``, sigma = mean of u^H M v with u, v constant.
 
     ``bound``: ``min(1, scale / sigma) * W``. ``zero_guard``: where sigma is 0, ``scale * W``.
+    ``dtype``: the type of the results, if not each weight's own; there is one rounding to it.
     """
-    slopes = _slopes(weights, snapshot, layers, dims)
     normalized = []
-    for weight, slope, factor in zip(weights, slopes, scales, strict=True):
-        wide = weight.to(snapshot.dtype)
-        sigma = (slope.conj() * wide).sum()
-        # The branch that torch.where leaves out must not divide by zero: its gradient would be NaN.
-        is_guarded = bound or zero_guard
-        divisor = torch.where(sigma == 0, torch.ones_like(sigma), sigma) if is_guarded else sigma
-        result = wide * factor / divisor
-        if bound:
-            result = torch.where(sigma.real <= factor, wide, result)
-        if zero_guard:
-            result = torch.where(sigma == 0, wide * factor, result)
-        normalized.append(result.to(weight.dtype))
+    with full_precision(weights[0]):
+        slopes = _slopes(weights, snapshot, layers, dims)
+        for weight, slope, factor in zip(weights, slopes, scales, strict=True):
+            wide = weight.to(snapshot.dtype)
+            sigma = (slope.conj() * wide).sum()
+            # The branch that torch.where leaves out must not divide by zero: its gradient would be
+            # NaN.
+            is_guarded = bound or zero_guard
+            divisor = (
+                torch.where(sigma == 0, torch.ones_like(sigma), sigma) if is_guarded else sigma
+            )
+            result = wide * factor / divisor
+            if bound:
+                result = torch.where(sigma.real <= factor, wide, result)
+            if zero_guard:
+                result = torch.where(sigma == 0, wide * factor, result)
+            normalized.append(result.to(dtype or weight.dtype))
     return normalized
 
 
@@ -181,7 +196,7 @@ def scale_backward(
     bound: bool,
     zero_guard: bool,
 ) -> list[Tensor]:
-    """The gradients of :func:`scale` with respect to the weights, written out.
+    """The gradients of :func:`scale` with respect to the weights, in their types, written out.
 
     ``dW = (s G - <s G, W> / sigma * S) / sigma``, with S = d sigma / d W the mean over estimates of
     ``u v^T``; where a bound is slack ``dW = G``, where zero_guard steps in ``dW = s G``.

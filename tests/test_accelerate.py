@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -579,3 +580,12 @@ def test_a_model_without_layers_warns():
     with pytest.warns(UserWarning, match="no layer with spectral norm in Sequential"):
         assert fastsn.accelerate(model) is model
     assert model(torch.randn(2, 3)).shape == (2, 3)
+
+
+def test_a_copy_can_be_accelerated_while_the_original_stays_torchs():
+    original = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)))
+    fast = fastsn.accelerate(copy.deepcopy(original))
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), original(x))
+    torch.testing.assert_close(fast[0].weight, original[0].weight)

@@ -533,3 +533,36 @@ def test_bad_input_of_init_vectors(arguments, error, message):
     with pytest.raises(error, match=message):
         init_vectors(**arguments)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# Results of another type
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_results_of_another_type(dtype):
+    w = torch.randn(6, 4, 3, 3, requires_grad=True)
+    u, v = init_vectors(w)
+    normalized, sigma = spectral_norm(w, u, v, n_power_iterations=0)
+    other, other_sigma = spectral_norm(w, u, v, n_power_iterations=0, dtype=dtype)
+    assert other.dtype == dtype and torch.equal(other_sigma, sigma)
+    torch.testing.assert_close(other, normalized.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+    (gradient,) = torch.autograd.grad(other.float().sum(), w)
+    (expected,) = torch.autograd.grad(normalized.sum(), w)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_results_of_a_wider_type_are_not_rounded_before():
+    w = torch.randn(5, 4).bfloat16()
+    u, v = init_vectors(w)
+    normalized, sigma = spectral_norm(w, u, v, n_power_iterations=0, dtype=torch.float32)
+    torch.testing.assert_close(normalized, w.float() / sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "float16"])
+def test_impossible_type_of_results(dtype):
+    w = torch.randn(5, 4)
+    u, v = init_vectors(w)
+    with pytest.raises(TypeError, match=f"dtype must be None or one of .*got {dtype!r}"):
+        spectral_norm(w, u, v, dtype=dtype)
+    assert u[0]._version == v[0]._version == 0

@@ -15,7 +15,9 @@ import pytest
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["help", "demo", "test", "lint", "format", "bench", "bench-quick", "build", "clean"]
+TARGETS = [
+    "help", "demo", "test", "lint", "format", "bench", "bench-quick", "gpu", "build", "clean",
+]  # fmt: skip
 
 # Writes its arguments down. `-m venv DIR` leaves a copy of it there, `-m pip freeze` a torch.
 RECORDER = """\

@@ -455,13 +455,47 @@ def test_bad_arguments_of_scale():
     call = make_call([random(4, 3), random(2, 5)])
     snapshot = call.power()
     for bad in (snapshot[:-1], snapshot.double(), torch.stack([snapshot, snapshot], 1)[:, 0]):
-        with pytest.raises(RuntimeError, match="contiguous Float snapshot of 16 elements, got"):
+        with pytest.raises(RuntimeError, match="contiguous Float snapshot of 16 .*, got"):
             call.scale(bad)
     with pytest.raises(RuntimeError, match="expected 2 scales, got 1"):
         replace(call, scales=[1.0]).scale(snapshot)
-    for bad in ([random(4, 3)], [random(4, 3), random(5, 2)], [random(4, 3), random(2, 5).half()]):
-        with pytest.raises(RuntimeError, match="expected (2 gradients|a gradient of shape)"):
+    for bad in ([random(4, 3)], [random(4, 3), random(5, 2)], [random(4, 3), random(2, 5).int()]):
+        with pytest.raises(RuntimeError, match="expected (2 gradients|a floating .* of shape)"):
             call.scale_backward(bad, snapshot)
+
+
+# Results of another type
+
+
+@pytest.mark.parametrize("out", ALL_TYPES, ids=str)
+@each_type
+def test_results_of_another_type(dtype, out):
+    """As autocast wants them: one rounding forward; gradients in the weights' types again."""
+    weights = [random(6, 5).to(dtype), random(4, 3, 3, 3).to(dtype).requires_grad_()]
+    call = make_call([w.detach() for w in weights], norm="bidirectional", scales=[1.0, 0.5])
+    snapshot = call.estimate()
+    ours = ops.scale(weights, snapshot, *call.constraint(), out)
+    expected = reference.scale(weights, snapshot, *call.constraint(), out)
+    assert [x.dtype for x in ours] == [out, out]
+    close = {"rtol": 4 * torch.finfo(out).eps, "atol": 1e-6}
+    torch.testing.assert_close(ours, expected, **close)
+    (theirs,) = torch.autograd.grad(expected[1].float().square().sum(), weights[1])
+    (gradient,) = torch.autograd.grad(ours[1].float().square().sum(), weights[1])
+    assert gradient.dtype == dtype
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(out).eps)
+    torch.testing.assert_close(gradient, theirs, rtol=16 * rounding, atol=4 * rounding)
+
+
+def test_results_of_another_type_compile():
+    call = make_call([random(6, 5)])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(snapshot):
+        return ops.scale(call.weights, snapshot, *call.constraint(), torch.bfloat16)
+
+    snapshot = call.estimate()
+    (expected,) = reference.scale(call.weights, snapshot, *call.constraint(), torch.bfloat16)
+    assert torch.equal(run(snapshot)[0], expected)
 
 
 # Gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,43 +42,31 @@ def tool(tmp_path):
 
 @pytest.mark.parametrize("wish", [None, "", "1"])
 def test_cuda_kernels_are_built_where_nvcc_is(build, wish):
-    decision = build.decide_cuda(wish, "/cuda/bin/nvcc", has_kernels=True)
+    decision = build.decide_cuda(wish, "/cuda/bin/nvcc")
     assert decision.build and "/cuda/bin/nvcc" in decision.reason
 
 
 @pytest.mark.parametrize("wish", [None, ""])
-@pytest.mark.parametrize(
-    "nvcc, has_kernels, reason",
-    [
-        (None, True, "nvcc was found neither under CUDA_HOME nor on PATH"),
-        ("/cuda/bin/nvcc", False, "no CUDA kernels"),
-        (None, False, "no CUDA kernels"),
-    ],
-)
-def test_build_works_without_cuda(build, wish, nvcc, has_kernels, reason):
-    decision = build.decide_cuda(wish, nvcc, has_kernels)
-    assert not decision.build and reason in decision.reason
+def test_build_works_without_cuda(build, wish):
+    decision = build.decide_cuda(wish, None)
+    assert not decision.build
+    assert "nvcc was found neither under CUDA_HOME nor on PATH" in decision.reason
 
 
 @pytest.mark.parametrize("nvcc", [None, "/cuda/bin/nvcc"])
-@pytest.mark.parametrize("has_kernels", [False, True])
-def test_cuda_can_be_refused(build, nvcc, has_kernels):
-    assert build.decide_cuda("0", nvcc, has_kernels) == (False, "FASTSN_CUDA=0")
+def test_cuda_can_be_refused(build, nvcc):
+    assert build.decide_cuda("0", nvcc) == (False, "FASTSN_CUDA=0")
 
 
-@pytest.mark.parametrize(
-    "nvcc, has_kernels, reason",
-    [(None, True, "nvcc was found neither"), ("/cuda/bin/nvcc", False, "no CUDA kernels")],
-)
-def test_cuda_that_is_insisted_on_but_impossible(build, nvcc, has_kernels, reason):
-    with pytest.raises(ValueError, match=f"FASTSN_CUDA=1 asks for CUDA kernels, but.*{reason}"):
-        build.decide_cuda("1", nvcc, has_kernels)
+def test_cuda_that_is_insisted_on_but_impossible(build):
+    with pytest.raises(ValueError, match="FASTSN_CUDA=1 asks for CUDA kernels, but nvcc was found"):
+        build.decide_cuda("1", None)
 
 
 @pytest.mark.parametrize("wish", ["yes", "2", " "])
 def test_cuda_wish_of_another_value(build, wish):
     with pytest.raises(ValueError, match=f"FASTSN_CUDA must be 0, 1 or unset, got {wish!r}"):
-        build.decide_cuda(wish, "/cuda/bin/nvcc", True)
+        build.decide_cuda(wish, "/cuda/bin/nvcc")
 
 
 def test_nvcc_is_looked_for_under_cuda_home_alone_if_that_is_set(build, tool, monkeypatch):
@@ -93,6 +82,154 @@ def test_nvcc_is_looked_for_under_cuda_home_alone_if_that_is_set(build, tool, mo
     monkeypatch.setenv("CUDA_HOME", "")
     monkeypatch.setenv("PATH", str(home))
     assert build.find_nvcc() is None
+
+
+@pytest.mark.parametrize(
+    "wish, expected",
+    [("90", ("90",)), ("80 90a", ("80", "90a")), ("80,100f", ("80", "100f")), (" 80 ", ("80",))],
+)
+def test_architectures_that_are_asked_for(build, wish, expected):
+    assert build.cuda_architectures(wish) == expected
+
+
+@pytest.mark.parametrize("wish", [None, "", " "])
+def test_usual_architectures(build, wish):
+    assert build.cuda_architectures(wish) == build.CUDA_ARCHITECTURES == ("80", "90", "100")
+
+
+@pytest.mark.parametrize("wish", ["sm_80", "8.0", "80;90", "all", "80 native", "90b"])
+def test_architectures_of_another_kind(build, wish):
+    with pytest.raises(ValueError, match="FASTSN_CUDA_ARCHITECTURES must be like '80 90', got "):
+        build.cuda_architectures(wish)
+
+
+def test_nvcc_makes_machine_code_for_each_and_portable_code_of_the_first(build, monkeypatch):
+    monkeypatch.delenv("FASTSN_WERROR", raising=False)
+    command = build.nvcc_command("/cuda/bin/nvcc", ("80", "90a"))
+    assert command[0] == "/cuda/bin/nvcc"
+    assert [word for word in command if word.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+    assert "-O3" in command and not any("fast" in word for word in command)
+    assert "-Werror" not in command
+    monkeypatch.setenv("FASTSN_WERROR", "1")
+    assert build.nvcc_command("/cuda/bin/nvcc", ("80", "90a")) == [
+        *command, "-Werror", "all-warnings",
+    ]  # fmt: skip
+
+
+class Nvcc:
+    """A project with two files of kernels, and an nvcc that notes how it is called."""
+
+    def __init__(self, build, folder: Path, monkeypatch) -> None:
+        self.build = build
+        self.root = folder / "project"
+        self.sources = self.root / "csrc" / "cuda"
+        self.objects = self.root / "build" / "cuda"
+        self.program = folder / "nvcc"
+        self.calls_file = folder / "calls"
+        self.sources.mkdir(parents=True)
+        for name in ("one.cu", "two.cu", "shared.cuh", "host.cpp"):
+            (self.sources / name).write_text("")
+            os.utime(self.sources / name, (1000, 1000))
+        self.write('while [ "$1" != -o ]; do shift; done; echo code > "$2"; echo used 32 registers')
+        monkeypatch.setattr(build, "ROOT", self.root)
+        monkeypatch.setattr(build, "CUDA_OBJECTS", self.objects)
+
+    def write(self, body: str) -> None:
+        self.program.write_text(f'#!/bin/sh\necho "$@" >> {self.calls_file}\n{body}\n')
+        self.program.chmod(0o755)
+
+    def compile(self, *flags: str) -> list[str]:
+        """Compiles, and says which files that took."""
+        self.calls_file.write_text("")
+        found = self.build.compile_cuda([str(self.program), *flags])
+        assert found == [str(self.objects / name) for name in ("one.o", "two.o")]
+        assert all(Path(path).read_text() == "code\n" for path in found)
+        calls = self.calls_file.read_text().splitlines()
+        return sorted(call.split("-c ")[1].split()[0] for call in calls)
+
+
+BOTH = ["csrc/cuda/one.cu", "csrc/cuda/two.cu"]
+
+
+@pytest.fixture
+def nvcc(build, tmp_path, monkeypatch):
+    return Nvcc(build, tmp_path, monkeypatch)
+
+
+def test_kernels_are_compiled_once(nvcc):
+    assert nvcc.compile("-O3") == BOTH
+    assert nvcc.compile("-O3") == []
+    report = (nvcc.objects / "one.ptxas").read_text()
+    assert report.startswith(f"{nvcc.program} -O3 -c csrc/cuda/one.cu -o ")
+    assert report.endswith("\nused 32 registers\n")
+
+
+@pytest.mark.parametrize("name", ["one.cu", "shared.cuh", "host.cpp"])
+def test_kernels_are_compiled_again_when_a_source_is_newer(nvcc, name):
+    nvcc.compile()
+    (nvcc.sources / name).touch()
+    newer = (nvcc.objects / "two.o").stat().st_mtime + 1
+    os.utime(nvcc.sources / name, (newer, newer))
+    assert nvcc.compile() == BOTH
+
+
+def test_kernels_are_compiled_again_with_other_flags(nvcc):
+    nvcc.compile("-O3")
+    assert nvcc.compile("-O3", "-g") == BOTH
+    assert nvcc.compile("-O3", "-g") == []
+    assert nvcc.compile("-O3") == BOTH
+
+
+@pytest.mark.parametrize("lost", ["one.o", "one.ptxas"])
+def test_what_is_lost_is_compiled_again(nvcc, lost):
+    nvcc.compile()
+    (nvcc.objects / lost).unlink()
+    assert nvcc.compile() == BOTH[:1]
+
+
+def test_nvcc_that_fails_is_one_clear_line(nvcc, capsys):
+    nvcc.write('echo "one.cu(3): error: no such type" >&2; exit 1')
+    with pytest.raises(SystemExit) as caught:
+        nvcc.compile()
+    line = str(caught.value)
+    assert re.fullmatch(
+        r"fastsn: error: nvcc could not compile (one|two)\.cu; FASTSN_CUDA=0 builds without CUDA "
+        r"kernels",
+        line,
+    )
+    assert "one.cu(3): error: no such type" in capsys.readouterr().err
+    assert not list(nvcc.objects.glob("*.ptxas"))
+
+
+def test_kernels_that_failed_are_compiled_again(nvcc):
+    works = nvcc.program.read_text()
+    # What nvcc leaves behind when it fails late.
+    nvcc.write('while [ "$1" != -o ]; do shift; done; echo half > "$2"; exit 1')
+    with pytest.raises(SystemExit):
+        nvcc.compile()
+    nvcc.program.write_text(works)
+    assert nvcc.compile() == BOTH
+
+
+def test_runtime_that_belongs_to_nvcc(build, tool, tmp_path):
+    program = tool("nvcc", "cuda/bin") / "nvcc"
+    with pytest.raises(SystemExit) as caught:
+        build.cuda_runtime(str(program))
+    assert str(caught.value) == (
+        f"fastsn: error: no libcudart_static.a was found under {tmp_path / 'cuda'}; "
+        "FASTSN_CUDA=0 builds without CUDA kernels"
+    )
+    library = tool("libcudart_static.a", "cuda/targets/x86_64-linux/lib") / "libcudart_static.a"
+    assert build.cuda_runtime(str(program)) == str(library)
+    # nvcc may be a link to where it is installed.
+    link = tmp_path / "bin" / "nvcc"
+    link.parent.mkdir()
+    link.symlink_to(program)
+    assert build.cuda_runtime(str(link)) == str(library)
 
 
 # The compiler
@@ -119,6 +256,17 @@ def test_cxx_that_does_not_exist_is_not_passed_over(build, tool, monkeypatch):
         build.require_compiler()
 
 
+# The project
+
+
+def test_old_setuptools_can_read_the_project():
+    """Before 77 they know of the license as a classifier only, and refuse the expression."""
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("license")]
+    assert '    "License :: OSI Approved :: MIT License",' in lines
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
 # The extension
 
 
@@ -127,7 +275,8 @@ def arguments(build, tool, monkeypatch):
     """The arguments of setup() here, with FASTSN_WERROR and FASTSN_CUDA as wanted."""
 
     def make(**environment: str) -> dict:
-        for name in ("CXX", "FASTSN_CUDA", "FASTSN_WERROR"):
+        names = ("FASTSN_CUDA", "FASTSN_CUDA_ARCHITECTURES", "FASTSN_WERROR")
+        for name in ("CXX", "CUDA_HOME", *names):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PATH", str(tool("c++")))
         for name, value in environment.items():
@@ -149,10 +298,15 @@ def test_binary_is_portable(arguments):
     assert not [f for f in flags if f.startswith(("-march", "-mtune", "-mcpu", "-mavx", "-ffast"))]
 
 
-def test_every_source_is_compiled(arguments):
-    (extension,) = arguments()["ext_modules"]
+@pytest.mark.parametrize("with_cuda", [False, True])
+def test_every_source_is_compiled(arguments, tool, with_cuda):
+    if with_cuda:
+        (extension,) = arguments(CUDA_HOME=str(tool("nvcc", "cuda/bin").parent))["ext_modules"]
+    else:
+        (extension,) = arguments(FASTSN_CUDA="0")["ext_modules"]
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert sources and set(extension.sources) >= sources
+    of_cuda = {source for source in sources if source.startswith("csrc/cuda/")}
+    assert of_cuda and set(extension.sources) == (sources if with_cuda else sources - of_cuda)
     assert not any(os.path.isabs(source) for source in extension.sources)
 
 
@@ -171,9 +325,23 @@ def test_build_says_what_it_decided(arguments, capsys):
     assert "CUDA kernels: not built (FASTSN_CUDA=0)" in output
 
 
+def test_build_says_for_what_it_compiles(arguments, tool, capsys):
+    home = str(tool("nvcc", "cuda/bin").parent)
+    (extension,) = arguments(CUDA_HOME=home)["ext_modules"]
+    assert "CUDA kernels: built for sm_80, sm_90, sm_100 (nvcc found" in capsys.readouterr().out
+    assert ("FASTSN_CUDA_ARCHITECTURES", '"80 90 100"') in extension.define_macros
+    (extension,) = arguments(CUDA_HOME=home, FASTSN_CUDA_ARCHITECTURES="90")["ext_modules"]
+    assert "CUDA kernels: built for sm_90 (nvcc found" in capsys.readouterr().out
+    assert ("FASTSN_CUDA_ARCHITECTURES", '"90"') in extension.define_macros
+    (extension,) = arguments(FASTSN_CUDA="0")["ext_modules"]
+    assert ("FASTSN_CUDA_ARCHITECTURES", '""') in extension.define_macros
+
+
 def test_bad_cuda_wish_ends_the_build(arguments):
     with pytest.raises(SystemExit, match="^fastsn: error: FASTSN_CUDA must be 0, 1 or unset"):
         arguments(FASTSN_CUDA="maybe")
+    with pytest.raises(SystemExit, match="^fastsn: error: FASTSN_CUDA_ARCHITECTURES must be like"):
+        arguments(FASTSN_CUDA="0", FASTSN_CUDA_ARCHITECTURES="sm_80")
 
 
 # As a user sees it

@@ -133,9 +133,9 @@ struct Scale : public torch::autograd::Function<Scale> {
   static variable_list forward(
       AutogradContext* ctx, at::TensorList weights, const at::Tensor& snapshot,
       std::vector<int64_t> layers, std::vector<int64_t> dims, std::vector<double> scales,
-      bool bound, bool zero_guard) {
+      bool bound, bool zero_guard, std::optional<at::ScalarType> dtype) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto out = scale(weights, snapshot, layers, dims, scales, bound, zero_guard);
+    auto out = scale(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype);
     auto saved = c10::make_intrusive<Saved>();
     saved->bound = bound;
     saved->zero_guard = zero_guard;
@@ -161,7 +161,7 @@ struct Scale : public torch::autograd::Function<Scale> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto all = c10::static_intrusive_pointer_cast<Saved>(ctx->saved_data[kKey].toCapsule());
     const Saved& saved = *all;
-    constexpr size_t kOtherArguments = 6;
+    constexpr size_t kOtherArguments = 7;
     variable_list result(grads.size() + kOtherArguments);
 
     std::vector<size_t> wanted;
@@ -222,14 +222,16 @@ struct Scale : public torch::autograd::Function<Scale> {
 
 std::vector<at::Tensor> scale_autograd(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
-    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
+    std::optional<at::ScalarType> dtype) {
   const bool needs_node = at::GradMode::is_enabled() &&
       std::any_of(weights.begin(), weights.end(), [](const auto& w) { return w.requires_grad(); });
   if (!needs_node) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return scale(weights, snapshot, layers, dims, scales, bound, zero_guard);
+    return scale(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype);
   }
-  return Scale::apply(weights, snapshot, layers.vec(), dims.vec(), scales.vec(), bound, zero_guard);
+  return Scale::apply(
+      weights, snapshot, layers.vec(), dims.vec(), scales.vec(), bound, zero_guard, dtype);
 }
 
 // u, v and sigma carry no gradient of their own.

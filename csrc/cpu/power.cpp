@@ -197,19 +197,6 @@ void write_vector(const at::Tensor& snapshot, int64_t offset, const at::Tensor& 
   }
 }
 
-void check_vector(
-    const at::Tensor& x, const char* name, size_t index, int64_t length, const at::Device& device) {
-  TORCH_CHECK(
-      x.dim() == 1 && x.size(0) == length, "fastsn: ", name, "[", index, "] must have shape [",
-      length, "], got ", x.sizes());
-  TORCH_CHECK(
-      x.device() == device, "fastsn: ", name, "[", index, "] must be on ", device, ", got ",
-      x.device());
-  TORCH_CHECK(
-      x.is_floating_point(), "fastsn: ", name, "[", index, "] must be floating point, got ",
-      x.scalar_type());
-}
-
 template <typename Acc>
 at::Tensor run(
     at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
@@ -218,17 +205,7 @@ at::Tensor run(
   const auto dense = as_dense(weights);
   const auto estimates = describe(dense, layers, dims);
   const size_t count = estimates.items.size();
-  TORCH_CHECK(
-      u.size() == count && v.size() == count, "fastsn: expected ", count, " u and v, got ",
-      u.size(), " and ", v.size());
-  TORCH_CHECK(
-      n_power_iterations.size() == weights.size(), "fastsn: expected ", weights.size(),
-      " n_power_iterations, got ", n_power_iterations.size());
-  for (size_t e = 0; e < count; ++e) {
-    const auto& view = estimates.items[e].view;
-    check_vector(u[e], "u", e, view.rows, weights[0].device());
-    check_vector(v[e], "v", e, view.cols(), weights[0].device());
-  }
+  check_vectors(estimates, weights, u, v, n_power_iterations);
 
   const auto options =
       at::TensorOptions().dtype(c10::CppTypeToScalarType<Acc>::value).device(weights[0].device());
@@ -236,6 +213,7 @@ at::Tensor run(
   Acc* const data = snapshot.template mutable_data_ptr<Acc>();
 
   std::vector<Job<Acc>> jobs(count);
+  std::vector<std::vector<int64_t>> orders(count);
   std::vector<std::vector<Acc>> reordered(count);
   for (size_t e = 0; e < count; ++e) {
     const auto& item = estimates.items[e];
@@ -251,19 +229,20 @@ at::Tensor run(
     job.v = data + item.v;
     job.sigma = data + item.sigma;
     read_vector(u[e], job.u, {});
-    if (!item.view.column_order.empty()) {
+    orders[e] = item.view.column_order();
+    if (!orders[e].empty()) {
       reordered[e].resize(item.view.cols());
       job.v = reordered[e].data();
     }
-    read_vector(v[e], job.v, item.view.column_order);
+    read_vector(v[e], job.v, orders[e]);
   }
 
   run_jobs(jobs, options);
 
   for (size_t e = 0; e < count; ++e) {
     const auto& item = estimates.items[e];
-    for (size_t c = 0; c < item.view.column_order.size(); ++c) {
-      data[item.v + c] = reordered[e][item.view.column_order[c]];
+    for (size_t c = 0; c < orders[e].size(); ++c) {
+      data[item.v + c] = reordered[e][orders[e][c]];
     }
     if (jobs[e].iterations > 0) {
       write_vector<Acc>(snapshot, item.u, u[e]);

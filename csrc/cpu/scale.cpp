@@ -27,20 +27,6 @@ std::vector<Tile> cut_flat(at::TensorList tensors, int64_t& total) {
   return tiles;
 }
 
-void check(
-    at::TensorList weights, const at::Tensor& snapshot, const Estimates& estimates,
-    at::ArrayRef<double> scales) {
-  TORCH_CHECK(
-      scales.size() == weights.size(), "fastsn: expected ", weights.size(), " scales, got ",
-      scales.size());
-  TORCH_CHECK(
-      snapshot.dim() == 1 && snapshot.size(0) == estimates.snapshot_numel &&
-          snapshot.is_contiguous() && snapshot.scalar_type() == accumulate_type(weights),
-      "fastsn: expected a contiguous ", accumulate_type(weights), " snapshot of ",
-      estimates.snapshot_numel, " elements, got ", snapshot.scalar_type(), " of shape ",
-      snapshot.sizes());
-}
-
 // The sigma of a layer: the mean over its estimates.
 template <typename Acc>
 double sigma_of(const Estimates& estimates, const Acc* snapshot, int64_t layer) {
@@ -59,7 +45,7 @@ std::vector<at::Tensor> run_scale(
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
   const auto dense = as_dense(weights);
   const auto estimates = describe(dense, layers, dims);
-  check(dense, snapshot, estimates, scales);
+  check_snapshot(estimates, dense, snapshot, scales);
   const Acc* const data = snapshot.template const_data_ptr<Acc>();
 
   struct Layer {
@@ -119,15 +105,6 @@ std::vector<Step> pipelined(const std::vector<Tile>& tiles) {
   return steps;
 }
 
-// `grad` with the strides of `like`: itself, or a copy.
-at::Tensor with_strides_of(const at::Tensor& grad, const at::Tensor& like) {
-  TORCH_CHECK(
-      grad.sizes() == like.sizes() && grad.scalar_type() == like.scalar_type(),
-      "fastsn: expected a gradient of shape ", like.sizes(), " and type ", like.scalar_type(),
-      ", got ", grad.sizes(), " and ", grad.scalar_type());
-  return grad.strides() == like.strides() ? grad : at::empty_like(like).copy_(grad);
-}
-
 // dW = f * G - f * <G, W> / sigma * mean over estimates of u v^T, f = scale / sigma.
 template <typename Acc>
 std::vector<at::Tensor> run_backward(
@@ -136,10 +113,7 @@ std::vector<at::Tensor> run_backward(
     bool zero_guard) {
   const auto dense = as_dense(weights);
   const auto estimates = describe(dense, layers, dims);
-  check(dense, snapshot, estimates, scales);
-  TORCH_CHECK(
-      grads.size() == weights.size(), "fastsn: expected ", weights.size(), " gradients, got ",
-      grads.size());
+  check_snapshot(estimates, dense, snapshot, scales);
   const Acc* const data = snapshot.template const_data_ptr<Acc>();
 
   struct Outer {
@@ -205,10 +179,10 @@ std::vector<at::Tensor> run_backward(
         }
         outer.u = outer.expanded_u.data();
       }
-      if (!item.view.column_order.empty()) {
+      if (const auto order = item.view.column_order(); !order.empty()) {
         outer.reordered_v.resize(item.view.cols());
         for (int64_t c = 0; c < item.view.cols(); ++c) {
-          outer.reordered_v[item.view.column_order[c]] = outer.v[c];
+          outer.reordered_v[order[c]] = outer.v[c];
         }
         outer.v = outer.reordered_v.data();
       }
@@ -253,21 +227,31 @@ std::vector<at::Tensor> run_backward(
 
 std::vector<at::Tensor> scale_cpu(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
-    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
-  return (
-      accumulate_type(weights) == at::kDouble
-          ? run_scale<double>
-          : run_scale<float>)(weights, snapshot, layers, dims, scales, bound, zero_guard);
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
+    std::optional<at::ScalarType> dtype) {
+  const auto type = accumulate_type(weights);
+  const auto run = type == at::kDouble ? run_scale<double> : run_scale<float>;
+  if (!dtype || have_type(weights, *dtype)) {
+    return run(weights, snapshot, layers, dims, scales, bound, zero_guard);
+  }
+  const auto wide = converted(weights, type);
+  return converted(run(wide, snapshot, layers, dims, scales, bound, zero_guard), *dtype);
 }
 
 std::vector<at::Tensor> scale_backward_cpu(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
-  return (
-      accumulate_type(weights) == at::kDouble
-          ? run_backward<double>
-          : run_backward<float>)(grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
+  const auto type = accumulate_type(weights);
+  const auto run = type == at::kDouble ? run_backward<double> : run_backward<float>;
+  check_gradients(grads, weights);
+  if (have_types_of(grads, weights)) {
+    return run(grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
+  }
+  return converted_like(
+      run(converted(grads, type), converted(weights, type), snapshot, layers, dims, scales, bound,
+          zero_guard),
+      weights);
 }
 
 }  // namespace

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "items.h"
+
+// The kernels, behind functions that neither need torch's headers nor CUDA's. All run on `stream`
+// (a cudaStream_t) of `device`, which must be the current one, and return null or an error message.
+namespace fastsn::cuda {
+
+struct Where {
+  int device;
+  void* stream;
+};
+
+// Constants of a power iteration. `snapshot` and `workspace` hold elements of the accumulate type.
+struct PowerCall {
+  void* snapshot;
+  void* workspace;
+  int* tickets;
+  double eps;
+  bool first_round;  // vectors are read from where the caller keeps them, later from the snapshot
+  bool zero_guard;
+};
+
+// Phase A: `first` of every item, and a summand of `second` for each of its tiles.
+const char* multiply(
+    Where where, Type weights, const PowerItem* items, int64_t count, const PowerCall& call);
+
+// Phase B: adds the summands, normalizes, writes u, v and sigma.
+const char* finish(
+    Where where, bool is_double, const PowerItem* items, int64_t count, const PowerCall& call);
+
+struct ScaleCall {
+  const void* snapshot;
+  void* workspace;  // of the accumulate type; for the backward
+  bool bound;
+  bool zero_guard;
+};
+
+// Phase C: scale / sigma * W.
+const char* scale(
+    Where where, Type weights, Type out, const ScaleItem* items, int64_t count,
+    const ScaleCall& call);
+
+// Phase D: the partial sums of <G, W>.
+const char* product(
+    Where where, Type weights, Type grads, const BackwardItem* items, int64_t count,
+    const ScaleCall& call);
+
+// Phase E: the gradients.
+const char* gradient(
+    Where where, Type weights, Type grads, const BackwardItem* items, int64_t count,
+    const ScaleCall& call);
+
+}  // namespace fastsn::cuda

@@ -1,0 +1,367 @@
+#include "ops.h"
+
+#include "../estimates.h"
+#include "kernels.h"
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <limits>
+
+// From tensors to descriptors. Needs a torch with CUDA only at run time: the stream comes through
+// torch's device-independent interface, memory from torch's allocator, so that CUDA graphs capture
+// a call and streams do not share its workspace.
+namespace fastsn::cuda {
+namespace {
+
+bool has_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Type::kFloat;
+    case at::kDouble:
+      return Type::kDouble;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kHalf;
+  }
+}
+
+Where where(const at::Device& device) {
+  if (!device.is_cuda()) {
+    return {0, nullptr};
+  }
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return {device.index(), guard.getStreamNativeHandle(guard.getStream(device))};
+}
+
+void check(const char* error, const char* phase) {
+  TORCH_CHECK(error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error);
+}
+
+bool is_aligned(const at::Tensor& tensor) {
+  const auto bytes = std::min<size_t>(kPack * tensor.element_size(), 16);
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+Matrix matrix_of(const MatrixView& view) {
+  // Leaves room for the steps of a loop beyond the end.
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() - (1 << 16);
+  const bool units_are_rows = view.outer == 1 || view.rows == 1;  // and members columns
+  const int64_t unit_length = units_are_rows ? view.cols() : view.rows * view.inner;
+  TORCH_CHECK(
+      view.rows <= kLargest && view.cols() <= kLargest && unit_length <= kLargest,
+      "fastsn: on a GPU a matrix may have up to ", kLargest, " rows and columns, got ", view.rows,
+      " and ", view.cols(), ", and as many elements in a run of rows, got ", unit_length);
+  TORCH_CHECK(
+      view.digits.size() <= kMaxDigits,
+      "fastsn: on a GPU the columns of a weight may lie in memory in at most ", kMaxDigits,
+      " permuted runs, got ", view.digits.size(), "; call .contiguous() on it");
+  Matrix matrix{};
+  matrix.members_are_columns = units_are_rows;
+  matrix.units = static_cast<int32_t>(units_are_rows ? view.rows : view.outer);
+  matrix.members = static_cast<int32_t>(units_are_rows ? view.cols() : view.rows);
+  matrix.inner = static_cast<int32_t>(units_are_rows ? 1 : view.inner);
+  matrix.digits.count = static_cast<int32_t>(view.digits.size());
+  for (size_t k = 0; k < view.digits.size(); ++k) {
+    matrix.digits.size[k] = static_cast<int32_t>(view.digits[k].size);
+    matrix.digits.stride[k] = static_cast<int32_t>(view.digits[k].stride);
+  }
+  return matrix;
+}
+
+// u or v as the kernels can read and write it: itself, or a copy of an unusual one.
+at::Tensor usable(const at::Tensor& x, at::ScalarType accumulate) {
+  return has_type(x.scalar_type()) ? x.contiguous() : x.to(accumulate).contiguous();
+}
+
+Vector vector_of(const at::Tensor& x, int64_t snapshot) {
+  return {const_cast<void*>(x.const_data_ptr()), snapshot, type_of(x.scalar_type())};
+}
+
+// A kernel for each pair of types: that of a weight and that of what goes with it.
+struct Types {
+  Type weight;
+  Type other;
+
+  bool operator==(const Types& types) const {
+    return weight == types.weight && other == types.other;
+  }
+};
+
+// launch(types, items, count) for the items of each pair of types.
+template <typename Item, typename Launch>
+void for_each_type(
+    const std::vector<Item>& items, const std::vector<Types>& types, const Launch& launch) {
+  std::vector<bool> done(items.size(), false);
+  std::vector<Item> own;
+  for (size_t first = 0; first < items.size(); ++first) {
+    if (done[first]) {
+      continue;
+    }
+    if (std::all_of(types.begin(), types.end(), [&](Types t) { return t == types[first]; })) {
+      launch(types[first], items.data(), static_cast<int64_t>(items.size()));
+      return;
+    }
+    own.clear();
+    for (size_t k = first; k < items.size(); ++k) {
+      if (types[k] == types[first]) {
+        own.push_back(items[k]);
+        done[k] = true;
+      }
+    }
+    launch(types[first], own.data(), static_cast<int64_t>(own.size()));
+  }
+}
+
+}  // namespace
+
+at::Tensor power_(
+    at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
+    at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
+    bool zero_guard) {
+  const auto accumulate = accumulate_type(weights);
+  const bool is_double = accumulate == at::kDouble;
+  const auto dense = as_dense(weights);
+  const auto estimates = describe(dense, layers, dims);
+  check_vectors(estimates, weights, u, v, n_power_iterations);
+  const size_t count = estimates.items.size();
+
+  std::vector<PowerItem> items(count);
+  std::vector<Types> types(count);
+  std::vector<at::Tensor> us(count);
+  std::vector<at::Tensor> vs(count);
+  int64_t free = 0;  // in the workspace
+  int64_t rounds = 1;
+  for (size_t e = 0; e < count; ++e) {
+    const auto& estimate = estimates.items[e];
+    const auto& weight = dense[estimate.layer];
+    auto& item = items[e];
+    types[e] = {type_of(weight.scalar_type()), type_of(accumulate)};
+    us[e] = usable(u[e], accumulate);
+    vs[e] = usable(v[e], accumulate);
+    item.weight = weight.const_data_ptr();
+    item.matrix = matrix_of(estimate.view);
+    const bool members_are_columns = item.matrix.members_are_columns;
+    const auto u_vector = vector_of(us[e], estimate.u);
+    const auto v_vector = vector_of(vs[e], estimate.v);
+    item.member = members_are_columns ? v_vector : u_vector;
+    item.unit = members_are_columns ? u_vector : v_vector;
+    item.sigma = estimate.sigma;
+    item.only_estimate = n_power_iterations[estimate.layer] == 0;
+    const bool starts_with_v = v_first == estimate.first;  // v comes out first, u goes in
+    const bool unit_first = !item.only_estimate && starts_with_v == members_are_columns;
+    item.cut = cut(item.matrix, unit_first, is_aligned(weight), is_double);
+    item.ticket = static_cast<int32_t>(e);
+    const auto take = [&](int64_t numel) {
+      const int64_t start = free;
+      free += ceil_div(numel, kPack) * kPack;
+      return start;
+    };
+    item.first = take(first_length(item));
+    item.second = take(second_length(item));
+    item.partial = take(item.cut.tiles * second_length(item));
+    rounds = std::max(rounds, n_power_iterations[estimate.layer]);
+  }
+
+  const c10::DeviceGuard guard(weights[0].device());
+  const auto options = at::TensorOptions().dtype(accumulate).device(weights[0].device());
+  const auto snapshot = at::empty({estimates.snapshot_numel}, options);
+  // The counters come last; an element has room for one at least.
+  const auto workspace = at::empty({free + static_cast<int64_t>(count)}, options);
+  const auto bytes = static_cast<char*>(workspace.mutable_data_ptr());
+  PowerCall call{};
+  call.snapshot = snapshot.mutable_data_ptr();
+  call.workspace = bytes;
+  call.tickets = reinterpret_cast<int*>(bytes + free * workspace.element_size());
+  call.eps = eps;
+  call.zero_guard = zero_guard;
+  const auto place = where(weights[0].device());
+  for (int64_t round = 0; round < rounds; ++round) {
+    if (round > 0) {
+      size_t kept = 0;
+      for (size_t k = 0; k < items.size(); ++k) {
+        const auto layer = estimates.items[items[k].ticket].layer;
+        if (n_power_iterations[layer] > round) {
+          items[kept] = items[k];
+          types[kept++] = types[k];
+        }
+      }
+      items.resize(kept);
+      types.resize(kept);
+    }
+    call.first_round = round == 0;
+    for_each_type(items, types, [&](Types own, const PowerItem* some, int64_t n) {
+      check(multiply(place, own.weight, some, n, call), "multiply");
+    });
+    check(
+        finish(place, is_double, items.data(), static_cast<int64_t>(items.size()), call), "finish");
+  }
+
+  for (size_t e = 0; e < count; ++e) {
+    if (n_power_iterations[estimates.items[e].layer] > 0) {
+      if (!us[e].is_same(u[e])) {
+        u[e].copy_(us[e]);
+      }
+      if (!vs[e].is_same(v[e])) {
+        v[e].copy_(vs[e]);
+      }
+    }
+  }
+  return snapshot;
+}
+
+at::Tensor estimate(
+    at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
+    at::IntArrayRef dims) {
+  const std::vector<int64_t> none(weights.size(), 0);
+  return cuda::power_(weights, u, v, layers, dims, none, 0, false, false);
+}
+
+namespace {
+
+// The same type, or fp32 weights and what autocast asks for.
+bool has_kernel(at::ScalarType weight, at::ScalarType other) {
+  return weight == other ||
+      (weight == at::kFloat && (other == at::kBFloat16 || other == at::kHalf));
+}
+
+at::Tensor result_like(const at::Tensor& tensor, at::ScalarType type) {
+  return at::empty_like(tensor, tensor.options().dtype(type));
+}
+
+std::vector<at::Tensor> run_scale(
+    at::TensorList weights, const at::Tensor& snapshot, const Estimates& estimates,
+    at::ArrayRef<double> scales, bool bound, bool zero_guard, std::optional<at::ScalarType> dtype) {
+  std::vector<at::Tensor> out;
+  std::vector<ScaleItem> items(weights.size());
+  std::vector<Types> types(weights.size());
+  out.reserve(weights.size());
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const auto& weight = weights[l];
+    const int64_t first = estimates.first_of_layer[l];
+    out.push_back(result_like(weight, dtype.value_or(weight.scalar_type())));
+    types[l] = {type_of(weight.scalar_type()), type_of(out[l].scalar_type())};
+    auto& item = items[l];
+    item.weight = weight.const_data_ptr();
+    item.out = out[l].mutable_data_ptr();
+    item.numel = weight.numel();
+    item.sigma = estimates.items[first].sigma;
+    item.scale = scales[l];
+    item.estimates = static_cast<int32_t>(estimates.first_of_layer[l + 1] - first);
+    item.vectorized = is_aligned(weight) && is_aligned(out[l]);
+  }
+  const ScaleCall call{snapshot.const_data_ptr(), nullptr, bound, zero_guard};
+  const auto place = where(snapshot.device());
+  for_each_type(items, types, [&](Types own, const ScaleItem* some, int64_t n) {
+    check(scale(place, own.weight, own.other, some, n, call), "scale");
+  });
+  return out;
+}
+
+std::vector<at::Tensor> run_backward(
+    at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
+    const Estimates& estimates, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
+  std::vector<at::Tensor> out;
+  std::vector<at::Tensor> strided;
+  std::vector<BackwardItem> items(weights.size());
+  std::vector<Types> types(weights.size());
+  out.reserve(weights.size());
+  strided.reserve(weights.size());
+  int64_t free = 0;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const auto& weight = weights[l];
+    const int64_t first = estimates.first_of_layer[l];
+    const int64_t count = estimates.first_of_layer[l + 1] - first;
+    TORCH_CHECK(
+        count <= kMaxEstimates, "fastsn: on a GPU a weight may have up to ", kMaxEstimates,
+        " estimates, got ", count);
+    out.push_back(result_like(weight, weight.scalar_type()));
+    strided.push_back(with_strides_of(grads[l], weight));
+    types[l] = {type_of(weight.scalar_type()), type_of(strided[l].scalar_type())};
+    auto& item = items[l];
+    item.grad = strided[l].const_data_ptr();
+    item.weight = weight.const_data_ptr();
+    item.out = out[l].mutable_data_ptr();
+    item.numel = weight.numel();
+    item.sigma = estimates.items[first].sigma;
+    item.scale = scales[l];
+    item.tile = product_tile(item.numel);
+    item.product = free;
+    item.products = static_cast<int32_t>(ceil_div(item.numel, item.tile));
+    free += item.products;
+    item.estimates = static_cast<int32_t>(count);
+    item.vectorized = is_aligned(weight) && is_aligned(out[l]) && is_aligned(strided[l]);
+    for (int64_t k = 0; k < count; ++k) {
+      const auto& estimate = estimates.items[first + k];
+      auto& outer = item.outers[k];
+      outer.matrix = matrix_of(estimate.view);
+      outer.member = outer.matrix.members_are_columns ? estimate.v : estimate.u;
+      outer.unit = outer.matrix.members_are_columns ? estimate.u : estimate.v;
+    }
+  }
+  const auto workspace = at::empty({free}, snapshot.options());
+  const ScaleCall call{snapshot.const_data_ptr(), workspace.mutable_data_ptr(), bound, zero_guard};
+  const auto place = where(snapshot.device());
+  for_each_type(items, types, [&](Types own, const BackwardItem* some, int64_t n) {
+    check(product(place, own.weight, own.other, some, n, call), "product");
+    check(gradient(place, own.weight, own.other, some, n, call), "gradient");
+  });
+  return out;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> scale(
+    at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
+    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
+    std::optional<at::ScalarType> dtype) {
+  const auto accumulate = accumulate_type(weights);
+  const auto dense = as_dense(weights);
+  const auto estimates = describe(dense, layers, dims);
+  check_snapshot(estimates, dense, snapshot, scales);
+  const c10::DeviceGuard guard(snapshot.device());
+  const bool fits = !dtype || std::all_of(dense.begin(), dense.end(), [&](const auto& weight) {
+    return has_kernel(weight.scalar_type(), *dtype);
+  });
+  if (fits) {
+    return run_scale(dense, snapshot, estimates, scales, bound, zero_guard, dtype);
+  }
+  const auto wide = converted(dense, accumulate);
+  return converted(
+      run_scale(wide, snapshot, estimates, scales, bound, zero_guard, std::nullopt), *dtype);
+}
+
+std::vector<at::Tensor> scale_backward(
+    at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
+    at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
+    bool zero_guard) {
+  const auto accumulate = accumulate_type(weights);
+  const auto dense = as_dense(weights);
+  const auto estimates = describe(dense, layers, dims);
+  check_snapshot(estimates, dense, snapshot, scales);
+  check_gradients(grads, weights);
+  const c10::DeviceGuard guard(snapshot.device());
+  const bool fits = std::equal(
+      dense.begin(), dense.end(), grads.begin(), [](const auto& weight, const auto& grad) {
+        return has_kernel(weight.scalar_type(), grad.scalar_type());
+      });
+  if (fits) {
+    return run_backward(grads, dense, snapshot, estimates, scales, bound, zero_guard);
+  }
+  return converted_like(
+      run_backward(
+          converted(grads, accumulate), converted(dense, accumulate), snapshot, estimates, scales,
+          bound, zero_guard),
+      dense);
+}
+
+}  // namespace fastsn::cuda

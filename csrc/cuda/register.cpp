@@ -1,0 +1,10 @@
+#include "ops.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY_IMPL(fastsn, CUDA, m) {
+  m.impl("power_", &fastsn::cuda::power_);
+  m.impl("estimate", &fastsn::cuda::estimate);
+  m.impl("scale", &fastsn::cuda::scale);
+  m.impl("scale_backward", &fastsn::cuda::scale_backward);
+}

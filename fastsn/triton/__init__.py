@@ -1,0 +1,54 @@
+"""The operators in Triton, for GPUs.
+
+It serves NVIDIA GPUs where fastsn was built without nvcc, AMD GPUs and, in Triton's interpreter
+(``TRITON_INTERPRET=1`` before Triton is imported), tensors on the CPU. The functions are those of
+:mod:`fastsn.reference`, below autograd. Triton itself is imported by the first of them in use.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fastsn.triton.operators import estimate, power_, scale, scale_backward
+
+__all__ = ["estimate", "power_", "scale", "scale_backward", "serves", "why_not"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("estimate", "power_", "scale", "scale_backward"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastsn.triton import operators
+
+    function = globals()[name] = getattr(operators, name)
+    return function
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _why_not(interpreted: bool) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed (pip install triton): {error}"
+    if not (interpreted or torch.cuda.is_available()):
+        return "no GPU was found, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def why_not() -> str | None:
+    """Why no kernel can run in this process, or None if they can."""
+    return _why_not(is_interpreted())
+
+
+def serves(device: torch.device) -> bool:
+    """Whether tensors on this device can be served: GPUs, or the CPU under the interpreter."""
+    return device.type == ("cpu" if is_interpreted() else "cuda") and why_not() is None

@@ -1,0 +1,144 @@
+"""The CUDA back-end on the CPU: its kernels compiled for the emulator in tests/emulator.
+
+`backend()` has the operators of `fastsn.ops` and takes CPU tensors. It is compiled at its first
+use and again when its sources change; what was compiled stays in build/emulated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+INCLUDE = TESTS / "emulator" / "include"
+BUILDS = ROOT / "build" / "emulated"
+
+NAME = "fastsn_emulated"
+SOURCES = [
+    TESTS / "emulator" / "module.cpp",
+    TESTS / "emulator" / "controls.cpp",
+    TESTS / "emulator" / "kernels.cpp",
+    ROOT / "csrc" / "cuda" / "ops.cpp",
+    ROOT / "csrc" / "cuda" / "plan.cpp",
+    ROOT / "csrc" / "estimates.cpp",
+]
+# Whatever of these changes, it is compiled again.
+INPUTS = [*SOURCES, ROOT / "csrc", ROOT / "csrc" / "cuda", INCLUDE]
+
+# The sanitizers' calls end in the emulator, which makes them errors of the launch.
+COMPILE_FLAGS = [
+    "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fvisibility=hidden",
+    "-fno-strict-aliasing", "-fsanitize=alignment,bounds",
+]  # fmt: skip
+
+
+def compiler() -> str:
+    """The C++ compiler, which must be GCC: as in setup.py, but without clang++."""
+    return os.environ.get("CXX") or "g++"
+
+
+def _digests() -> dict[str, str]:
+    """A digest of everything that the library depends on, by path or name."""
+    files = {file for path in INPUTS for file in ([path] if path.is_file() else path.glob("*.*"))}
+    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    return {**digests, "command": " ".join([compiler(), *COMPILE_FLAGS])}
+
+
+def _compile(folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    # A process that was killed leaves torch's own lock behind, and all others would wait for it.
+    (folder / "lock").unlink(missing_ok=True)
+    # ninja may be installed beside this Python, which need not be on PATH.
+    before = {name: os.environ.get(name) for name in ("PATH", "CXX")}
+    os.environ["PATH"] = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
+    os.environ["CXX"] = compiler()
+    try:
+        with warnings.catch_warnings():
+            # What torch's builder says about compilers concerns none of the tests.
+            warnings.simplefilter("ignore")
+            cpp_extension.load(
+                NAME,
+                [str(source) for source in SOURCES],
+                extra_cflags=COMPILE_FLAGS,
+                extra_include_paths=[str(INCLUDE)],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library with the emulated back-end, up to date and loaded."""
+    folder = BUILDS / f"python-{platform.python_version()}-torch-{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path, manifest = folder / f"{NAME}.so", folder / "digests.json"
+    # Until the library is loaded, no other process may replace it.
+    with open(BUILDS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wanted = _digests()
+        known = json.loads(manifest.read_text()) if manifest.exists() and path.exists() else {}
+        if wanted != known:
+            changed = [Path(name) for name, digest in wanted.items() if digest != known.get(name)]
+            built = path.stat().st_mtime if path.exists() else 0
+            # ninja would take what changed, but has an old time, as unchanged.
+            if any(file.is_file() and file.stat().st_mtime <= built for file in changed):
+                shutil.rmtree(folder)
+                folder.mkdir()
+            manifest.unlink(missing_ok=True)
+            _compile(folder)
+            manifest.write_text(json.dumps(wanted, indent=1))
+        torch.ops.load_library(path)
+        result = ctypes.CDLL(str(path))
+    result.emulator_launch_count.restype = ctypes.c_size_t
+    return result
+
+
+def backend():
+    """The emulated operators, for CPU tensors."""
+    library()
+    return torch.ops.fastsn_emulated
+
+
+@contextmanager
+def order(text: str) -> Iterator[None]:
+    """Runs blocks and threads in an order: `forward`, `reversed`, `random` or `random:SEED`.
+
+    Two of them with a comma between are one for the blocks and one for the threads.
+    """
+    if library().emulator_set_order(text.encode()):
+        raise ValueError(f"not an order: {text!r}")
+    try:
+        yield
+    finally:
+        library().emulator_set_order(b"forward")
+
+
+def fail_next_launch(error: int) -> None:
+    """The next launch returns this cudaError_t and does nothing."""
+    library().emulator_fail_next_launch(error)
+
+
+def launch_count() -> int:
+    """How many kernels have been started."""
+    return library().emulator_launch_count()

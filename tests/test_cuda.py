@@ -1,0 +1,618 @@
+"""The CUDA back-end without a GPU: its kernels in the emulator, against `fastsn.reference`.
+
+What a GPU rarely shows is an error here: memory that is read before it is written, writes outside,
+misaligned access, missing barriers, results that depend on which thread comes first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+
+import emulated
+import pytest
+import test_ops
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import (
+    ALL_TYPES,
+    BAD,
+    Call,
+    assert_same,
+    check,
+    each_layout,
+    each_order,
+    each_type,
+    gradients_for,
+    large_call,
+    make_call,
+    random,
+)
+from tolerances import assert_sum_no_worse
+from torch import Tensor
+
+from fastsn import reference
+
+poisoned_memory = test_ops.poisoned_memory
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(scope="session")
+def cuda():
+    """The emulated operators."""
+    return emulated.backend()
+
+
+@pytest.fixture(autouse=True)
+def tested(cuda, monkeypatch):
+    """What `test_ops.check` compares with the reference."""
+    monkeypatch.setattr(test_ops, "ops", cuda)
+
+
+def launches(function, *arguments) -> int:
+    before = emulated.launch_count()
+    function(*arguments)
+    return emulated.launch_count() - before
+
+
+def permuted(shape: tuple[int, ...], order: tuple[int, ...], dtype=torch.float32) -> Tensor:
+    """Of this shape, its dimensions in memory in this order."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return random(*(shape[d] for d in order), dtype=dtype).permute(inverse)
+
+
+class TestNumbers(test_ops.TestNumbers):
+    """All that the CPU's kernels are held to, and what is special to these."""
+
+    test_capability_is_the_one_asked_for = None
+
+    def test_vectors_that_are_not_contiguous(self, cuda):
+        call = make_call([random(9, 70), random(7, 3)])
+        strided = call.copy()
+        strided.u, strided.v = (
+            [torch.stack([x, x], dim=1)[:, 0] for x in side] for side in (call.u, call.v)
+        )
+        assert torch.equal(strided.power(cuda), call.power(cuda))
+        for a, b in zip(strided.u + strided.v, call.u + call.v, strict=True):
+            assert a.stride() == (2,) and torch.equal(a, b)
+
+    @each_order
+    @each_type
+    def test_every_dimension_and_number_of_iterations(self, dtype, v_first):
+        cases = list(itertools.product(range(4), (0, 1, 2, 5)))
+        weights = [random(5, 4, 3, 6, dtype=dtype) for _ in cases]
+        dims, iterations = (list(column) for column in zip(*cases, strict=True))
+        check(make_call(weights, dims, iterations=iterations, v_first=v_first))
+
+    @each_order
+    @each_type
+    def test_odd_sizes(self, dtype, v_first):
+        sizes = (1, 3, 27, 63, 129, 1000)
+        weights = [random(a, b, dtype=dtype) for a in sizes for b in sizes if a * b <= 129_000]
+        dims = [k % 2 for k in range(len(weights))]
+        for own in (dims, [1 - dim for dim in dims]):
+            check(make_call(weights, own, v_first=v_first))
+
+    @each_order
+    @pytest.mark.parametrize("iterations", [0, 1, 3])
+    def test_empty_weights(self, iterations, v_first):
+        shapes = [(0, 200), (200, 0), (1, 0), (0, 1), (0, 3), (3, 0), (0, 0), (0,), (2, 0, 300)]
+        cases = [(shape, dim) for shape in [*shapes, (300, 0, 2)] for dim in range(len(shape))]
+        for shape, dim in cases:
+            call = make_call([random(*shape), random(5, 4)], [dim, 0], v_first=v_first)
+            check(replace(call, iterations=[iterations, 1]))
+
+    @each_order
+    @pytest.mark.parametrize("inner", [*range(1, 66), 127, 255, 511, 512, 513, 1030])
+    def test_inner_indices(self, inner, v_first):
+        """Of every short length and beyond what lies side by side in a block."""
+        shapes = [(3, 7), (5, 150), (40, 33), (1, 9), (9, 1)]
+        check(make_call([random(*shape, inner) for shape in shapes], dims=1, v_first=v_first))
+
+    @each_order
+    @each_type
+    @pytest.mark.parametrize(
+        "shape, dim", [((3, 40_000), 0), ((20, 16_385), 0), ((2, 20_000, 3), 1)]
+    )
+    def test_units_longer_than_what_a_block_holds(self, shape, dim, dtype, v_first):
+        for iterations in (0, 2):
+            check(make_call([random(*shape, dtype=dtype)], dim, iterations=iterations,
+                            v_first=v_first))  # fmt: skip
+
+    @each_order
+    def test_long_rows_that_are_not_aligned(self, v_first):
+        flat = random(20 * 16_388 + 3)
+        check(make_call([flat[3:].view(20, 16_388)], v_first=v_first))
+
+    @each_order
+    @each_type
+    @pytest.mark.parametrize("shape, dim", [((12, 64), 0), ((64, 12), 1), ((8, 16, 3, 3), 1)])
+    def test_every_alignment(self, shape, dim, dtype, v_first):
+        weights = []
+        for offset in range(8):
+            flat = random(torch.Size(shape).numel() + offset, dtype=dtype)
+            weights.append(flat[offset:].view(shape))
+        call = make_call(weights, dim, v_first=v_first)
+        bytes_off = {w.data_ptr() % 16 for w in call.weights}
+        assert len(bytes_off) == min(8, 16 // dtype.itemsize)
+        check(call)
+
+    @each_order
+    @pytest.mark.parametrize("dim", range(4))
+    def test_every_order_of_dimensions(self, dim, v_first):
+        orders = list(itertools.permutations(range(4)))
+        for shape in [(5, 6, 3, 4), (6, 1, 3, 5)]:
+            check(make_call([permuted(shape, order) for order in orders], dim, v_first=v_first))
+
+    @each_order
+    @each_type
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    def test_channels_last(self, norm, dtype, v_first):
+        four, five = (random(9, 6, *[3] * n, dtype=dtype) for n in (2, 3))
+        weights = [
+            four.to(memory_format=torch.channels_last),
+            five.to(memory_format=torch.channels_last_3d),
+        ]
+        check(make_call(weights, [0, 1], norm, v_first=v_first))
+
+    @each_order
+    def test_most_permuted_columns(self, v_first):
+        shape = (2, 3, 4, 3, 2)
+        orders = [(4, 3, 2, 1, 0), (2, 0, 4, 1, 3), (1, 3, 0, 4, 2)]
+        for dim in range(5):
+            check(make_call([permuted(shape, order) for order in orders], dim, v_first=v_first))
+
+    @each_order
+    def test_hundreds_of_layers(self, v_first):
+        shapes = [(3, 5), (8, 8), (1, 17), (33, 2), (4, 3, 3), (16, 4, 1, 1)]
+        weights = [random(*shapes[i % 6], dtype=ALL_TYPES[1 + i % 3]) for i in range(700)]
+        iterations = [i % 3 for i in range(700)]
+        call = make_call(weights, 0, "bidirectional", iterations)
+        check(replace(call, v_first=v_first))
+
+    @each_order
+    def test_zero_guard_at_any_round(self, v_first):
+        """u and v are those of the last round whose sigma was not zero."""
+        weights = [random(6, 5) for _ in range(3)]
+        call = make_call(weights, iterations=[1, 2, 3], v_first=v_first, zero_guard=True)
+        # Of the second direction remains nothing after one round.
+        call.weights = [torch.diag(torch.tensor([1.0, 0.0, 0.0])) for _ in weights]
+        first, second = torch.eye(3)[0], torch.eye(3)[1]
+        call.u, call.v = [first, second, first + second], [first, second, first - second]
+        check(call.copy())
+        live = call.copy()
+        snapshot = live.power(test_ops.ops)
+        assert snapshot[-3:].tolist() == [1, 0, 1]
+        assert torch.equal(live.u[1], second) and torch.equal(live.v[1], second)
+
+    @each_order
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_no_number_comes_out_of_one_that_is_none(self, value, norm, v_first, cuda):
+        weight = random(6, 70, 2)
+        call = make_call([weight.clone(), random(5, 4)], 0, norm, v_first=v_first)
+        call.weights[0][2, 3, 1] = value
+        results, expected = (call.run(gradients_for(call), own) for own in (cuda, reference))
+        for ours, theirs in zip(results, expected, strict=True):
+            assert [x.isnan().any() for x in ours] == [x.isnan().any() for x in theirs]
+        assert results.normalized[0].isnan().all() and not results.normalized[1].isnan().any()
+
+    @each_order
+    def test_nan_reaches_everything(self, v_first, cuda):
+        call = make_call([random(6, 5)], v_first=v_first)
+        call.weights[0][2, 3] = torch.nan
+        assert all(x.isnan().all() for x in call.run([random(6, 5)], cuda).vectors)
+
+    @pytest.mark.parametrize("vector_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+    def test_vectors_of_very_narrow_types(self, vector_dtype):
+        call = make_call([random(9, 70, dtype=dtype) for dtype in ALL_TYPES[1:]], iterations=2)
+        call.u, call.v = ([x.to(vector_dtype) for x in side] for side in (call.u, call.v))
+        check(call)
+
+    # Deterministic: the same examples at every run.
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def test_any_call(self, data):
+        """Shapes, strides, offsets, types, methods; short and long runs of all three sizes."""
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        dtypes = st.sampled_from(ALL_TYPES[1:] if data.draw(st.booleans()) else ALL_TYPES[:1])
+        norm = data.draw(st.sampled_from(["matrix", "bidirectional"]))
+        weights, dims, iterations, scales = [], [], [], []
+        for _ in range(data.draw(st.integers(1, 4))):
+            sizes = st.one_of(st.integers(1, 9), st.sampled_from([0, 16, 33, 64, 130, 700]))
+            shape = data.draw(st.lists(sizes, min_size=1, max_size=5))
+            # An empty matrix has rows or columns too.
+            while prod(size or 1 for size in shape) > 50_000:
+                shape[shape.index(max(shape))] = 2
+            dtype = data.draw(dtypes)
+            order = data.draw(st.permutations(range(len(shape))))
+            dense = permuted(shape, order, dtype)
+            offset = data.draw(st.integers(0, 7))
+            memory = torch.empty(dense.numel() + offset, dtype=dtype)[offset:]
+            weights.append(memory.as_strided(shape, dense.stride(), offset).copy_(dense))
+            dims.append(data.draw(st.integers(0, len(shape) - 1)))
+            iterations.append(data.draw(st.integers(0, 3)))
+            scales.append(data.draw(st.sampled_from([0.1, 1.0, 3.0, 100.0])))
+        call = make_call(weights, dims, norm, iterations, scales=scales)
+        eps = data.draw(st.sampled_from([1e-12, 1e-4, 10.0]))
+        v_first, bound = data.draw(st.booleans()), data.draw(st.booleans())
+        check(replace(call, eps=eps, v_first=v_first, bound=bound, zero_guard=True))
+
+
+# Results of another type
+
+
+@pytest.mark.parametrize("grads", ALL_TYPES, ids=str)
+@each_type
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
+def test_results_of_another_type(dtype, grads, layout, cuda):
+    """As autocast wants them: one rounding forward; gradients in the weights' types again."""
+    shapes = [(6, 5), (4, 3, 3, 3), (1, 9001), (130, 64)]
+    weights = [random(*shape, dtype=dtype) for shape in shapes]
+    if layout == "offset":
+        weights = [torch.cat([w.flatten()[:1], w.flatten()])[1:].view(w.shape) for w in weights]
+    if layout == "transposed":
+        weights = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in weights]
+    call = make_call(weights, norm="bidirectional", scales=[1.0, 0.5, 0.1, 2.0])
+    wide = call.copy(torch.float64)
+    snapshot, exact_snapshot = call.estimate(cuda), wide.estimate(reference)
+    results, peers = (
+        own.scale(weights, snapshot, *call.constraint(), grads) for own in (cuda, reference)
+    )
+    exact = reference.scale(wide.weights, exact_snapshot, *call.constraint())
+    sums = {"length": 9001, "computed_in": reference.accumulate_type(weights[0])}
+    for weight, ours, peer, truth in zip(weights, results, peers, exact, strict=True):
+        assert ours.dtype == grads and ours.stride() == torch.empty_like(weight).stride()
+        assert_sum_no_worse(ours, peer, truth, **sums)
+
+    given_grads = [torch.randn(shape).to(grads) for shape in shapes]
+    results, peers = (
+        own.scale_backward(given_grads, weights, snapshot, *call.constraint())
+        for own in (cuda, reference)
+    )
+    exact = reference.scale_backward(
+        [g.double() for g in given_grads], wide.weights, exact_snapshot, *call.constraint()
+    )
+    for weight, grad, *triple in zip(weights, given_grads, results, peers, exact, strict=True):
+        assert triple[0].dtype == dtype and triple[0].stride() == torch.empty_like(weight).stride()
+        largest_term = grad.double().abs().max().item()
+        assert_sum_no_worse(*triple, **sums, largest_term=largest_term)
+
+
+@each_type
+def test_results_of_types_mixed_in_one_call(dtype, cuda):
+    """Weights, results and gradients each have their own type."""
+    weights = [random(6, 5, dtype=own) for own in ALL_TYPES[1:] for _ in range(3)]
+    call = make_call(weights)
+    snapshot = call.estimate(cuda)
+    grads = [random(6, 5, dtype=ALL_TYPES[k % 4]) for k in range(9)]
+    results, peers = (
+        own.scale(weights, snapshot, *call.constraint(), dtype) for own in (cuda, reference)
+    )
+    assert all(x.dtype == dtype for x in results)
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(results, peers, **close)
+    results, peers = (call.scale_backward(grads, snapshot, own) for own in (cuda, reference))
+    for own, peer, weight in zip(results, peers, weights, strict=True):
+        assert own.dtype == weight.dtype
+        rounding = torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(own, peer, rtol=2 * rounding, atol=rounding)
+
+
+# Results depend on shapes only
+
+
+def every_kind(v_first: bool) -> Call:
+    """Every way through the kernels: see Cut."""
+    weights = [
+        random(300, 512),  # packs
+        random(130, 67),  # single elements
+        random(12, 40, 3, 3),  # a few inner indices side by side
+        random(3, 9, 600),  # more inner indices than threads
+        random(3, 17_000),  # longer than what a block holds
+        random(40_000, 3),
+        permuted((5, 6, 3, 4), (2, 0, 3, 1)),
+        random(64, 64, dtype=torch.bfloat16),
+    ]
+    iterations = [1, 2, 1, 0, 1, 1, 3, 1]
+    return make_call(
+        weights, [0, 0, 1, 1, 0, 0, 2, 0], "bidirectional", iterations, v_first=v_first
+    )
+
+
+@each_order
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["narrow", "double"])
+def test_same_bits_in_every_order(v_first, dtype, cuda):
+    call = every_kind(v_first)
+    call = call.copy(dtype) if dtype else call
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    check(call)
+    for order in ("reversed", "random:1", "random:2", "random:3", "reversed,random:4"):
+        with emulated.order(order):
+            assert_same(call.run(grads, cuda), expected)
+
+
+@each_order
+def test_same_bits_alone_or_among_others(v_first, cuda):
+    together = replace(large_call(v_first), zero_guard=True)
+    grads = gradients_for(together)
+    result = together.run(grads, cuda)
+    for layer, weight in enumerate(together.weights):
+        e = [e for e, other in enumerate(together.layers) if other == layer]
+        u, v, dims = ([side[i] for i in e] for side in (together.u, together.v, together.dims))
+        iterations = [together.iterations[layer]]
+        alone = Call([weight], u, v, [0] * len(e), dims, iterations, [1.0], v_first=v_first)
+        own = replace(alone, zero_guard=True).run([grads[layer]], cuda)
+        assert torch.equal(own.normalized[0], result.normalized[layer])
+        assert torch.equal(own.gradients[0], result.gradients[layer])
+        assert all(map(torch.equal, own.sigmas, [result.sigmas[i] for i in e]))
+
+
+@each_order
+def test_two_iterations_are_one_twice(v_first, cuda):
+    once, twice = every_kind(v_first), every_kind(v_first)
+    twice = replace(once.copy(), iterations=[2] * 8)
+    once = replace(once.copy(), iterations=[1] * 8)
+    for call in (once, twice):
+        call.u, call.v = ([x.float() for x in side] for side in (call.u, call.v))
+    once.power(cuda)
+    assert torch.equal(once.power(cuda), twice.power(cuda))
+    assert all(map(torch.equal, once.u + once.v, twice.u + twice.v))
+
+
+# What the operators do to memory
+
+
+@contextmanager
+def guarded_memory(cuda):
+    """New memory lies between zones that nobody may write."""
+    assert cuda.guard(True) == 0
+    broken = 0
+    try:
+        yield
+    finally:
+        broken = cuda.guard(False)
+    assert broken == 0, f"{broken} tensors have a write outside of their memory"
+
+
+def test_guard_sees_a_write_outside(cuda):
+    def write(place: int, count: int) -> None:
+        with guarded_memory(cuda):
+            x = torch.empty(3)
+            ctypes.memset(x.data_ptr() + place, 0, count)
+            del x
+
+    write(0, 12)
+    for place in (-1, 12):
+        with pytest.raises(AssertionError, match="1 tensors have a write outside"):
+            write(place, 1)
+
+
+def within(x: Tensor) -> Tensor:
+    """A copy in the middle of larger memory, with the same strides and alignment."""
+    memory = torch.full((x.numel() + 2 * 64,), torch.nan, dtype=x.dtype)
+    return memory.as_strided(x.shape, x.stride(), 64).copy_(x)
+
+
+@each_order
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["narrow", "double"])
+def test_nothing_else_is_read_or_written(v_first, dtype, cuda):
+    """Outside of weights, u, v and gradients is NaN; results and workspaces are in guarded
+    memory."""
+    call = every_kind(v_first)
+    call = call.copy(dtype) if dtype else call
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    inputs = {
+        name: [within(x) for x in given]
+        for name, given in {"weights": call.weights, "u": call.u, "v": call.v}.items()
+    }
+    inside = replace(call, **inputs)
+    inner_grads = [within(g) for g in grads]
+    with guarded_memory(cuda):
+        snapshot = inside.power(cuda)
+        normalized = inside.scale(snapshot, cuda)
+        gradients = inside.scale_backward(inner_grads, snapshot, cuda)
+        results = [x.clone() for x in (*normalized, *gradients)]
+        del snapshot, normalized, gradients
+        assert all(map(torch.equal, results, [*expected.normalized, *expected.gradients]))
+        del results
+    for x in [*inside.weights, *inside.u, *inside.v, *inner_grads]:
+        around = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        assert around[:64].isnan().all() and around[-64:].isnan().all()
+    constant = [
+        *zip(inside.weights, call.weights, strict=True),
+        *zip(inner_grads, grads, strict=True),
+    ]
+    assert all(torch.equal(now, before) for now, before in constant)
+
+
+@each_layout
+def test_results_have_the_strides_of_a_quotient(layout, cuda):
+    weight = layout(random(6, 5, 3, 4))
+    call = make_call([weight])
+    snapshot = call.power(cuda)
+    for (result,) in (
+        call.scale(snapshot, cuda),
+        call.scale_backward([weight.clone()], snapshot, cuda),
+    ):
+        assert result.stride() == (weight / 2.0).stride()
+
+
+def test_vectors_stay_without_iterations(cuda):
+    call = make_call([random(9, 70), random(7, 3)], iterations=[0, 1])
+    live = call.copy()
+    snapshot = live.power(cuda)
+    assert torch.equal(live.u[0], call.u[0]) and torch.equal(live.v[0], call.v[0])
+    assert not torch.equal(live.u[1], call.u[1])
+    assert torch.equal(snapshot[:79], torch.cat([call.u[0], call.v[0]]))
+    before = live.copy()
+    live.estimate(cuda)
+    assert all(map(torch.equal, live.u + live.v, before.u + before.v))
+
+
+# Launches
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 23, 100])
+@pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+def test_launches_of_a_call(layers, norm, cuda):
+    if norm == "bidirectional":
+        layers = -(-layers // 2)
+    call = make_call([random(3 + k % 4, 5 + k % 3) for k in range(layers)], norm=norm)
+    snapshot = call.estimate(cuda)
+    assert launches(call.power, cuda) == 2
+    assert launches(call.scale, snapshot, cuda) == 1
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 2
+
+
+@each_type
+def test_launches_do_not_depend_on_sizes_and_strides(dtype, cuda):
+    weights = [random(300, 512), random(9, 6, 3, 3), random(3, 17_000), random(3, 9, 600)]
+    weights.append(permuted((5, 6, 3, 4), (2, 0, 3, 1)))
+    call = make_call([w.to(dtype) for w in weights], [0, 1, 0, 1, 2])
+    snapshot = call.estimate(cuda)
+    assert launches(call.power, cuda) == 2
+    assert launches(call.scale, snapshot, cuda) == 1
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 2
+
+
+def test_launches_of_rounds_and_types(cuda):
+    call = make_call([random(4, 3, dtype=dtype) for dtype in ALL_TYPES[1:]], iterations=[1, 3, 0])
+    # All three types, then twice one of them; and what they have in common.
+    assert launches(call.power, cuda) == (3 + 1) + 2 * (1 + 1)
+    snapshot = call.estimate(cuda)
+    assert launches(call.scale, snapshot, cuda) == 3
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 6
+
+
+def test_many_layers_take_several_launches(cuda):
+    call = make_call([random(3, 5) for _ in range(700)])
+    snapshot = call.estimate(cuda)
+    assert 2 < launches(call.power, cuda) < 20
+    assert 1 < launches(call.scale, snapshot, cuda) < 20
+    assert 2 < launches(call.scale_backward, call.weights, snapshot, cuda) < 20
+    check(call)
+
+
+# Failures
+
+OUT_OF_MEMORY = 2
+
+
+@pytest.mark.parametrize("phase", ["multiply", "scale", "product"])
+def test_failed_launch(phase, cuda):
+    call = make_call([random(4, 3), random(2, 5)], iterations=[1, 2])
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    snapshot = call.estimate(cuda)
+    before = call.copy()
+    run = {
+        "multiply": lambda: call.power(cuda),
+        "scale": lambda: call.scale(snapshot, cuda),
+        "product": lambda: call.scale_backward(grads, snapshot, cuda),
+    }[phase]
+    emulated.fail_next_launch(OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match=f"fastsn: CUDA kernel '{phase}' .*: out of memory"):
+        run()
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+    assert_same(call.run(grads, cuda), expected)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """A copy one byte off, which no kernel can access."""
+    memory = bytearray(x.nbytes + 1)
+    copy = torch.frombuffer(memory, dtype=x.dtype, offset=1)
+    assert copy.data_ptr() % 2 == 1 and copy.numel() == x.numel()
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("phase", ["finish", "scale", "gradient"])
+def test_failure_within_a_kernel(phase, cuda):
+    """The phases behind the first one have an input that the first does not read."""
+    call = make_call([random(4, 3), random(2, 5)])
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    snapshot = call.estimate(cuda)
+    run = {
+        "finish": lambda: replace(call, u=[misaligned(x) for x in call.u]).power(cuda),
+        "scale": lambda: call.scale(misaligned(snapshot), cuda),
+        "gradient": lambda: call.scale_backward(grads, misaligned(snapshot), cuda),
+    }[phase]
+    with pytest.raises(
+        RuntimeError, match=f"fastsn: CUDA kernel '{phase}' .*: .*misaligned access"
+    ):
+        run()
+    assert_same(call.run(grads, cuda), expected)
+
+
+def test_failure_of_a_part_of_a_call_leaves_the_vectors(cuda):
+    """Weights of several types have kernels of their own, and none is finished before all are."""
+    call = make_call([random(4, 3, dtype=dtype) for dtype in ALL_TYPES[1:]])
+    call.weights[2] = misaligned(call.weights[2].flatten()).view(4, 3)
+    before = call.copy()
+    with pytest.raises(RuntimeError, match="fastsn: CUDA kernel 'multiply' .*misaligned access"):
+        call.power(cuda)
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_of_power(changes, message, cuda):
+    call = make_call([random(4, 3), random(2, 5)])
+    before = call.copy()
+    for function in (Call.power, Call.estimate):
+        if function is Call.estimate and "iterations" in changes:
+            continue
+        with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+            function(replace(call, **changes), cuda)
+    for a, b in zip(before.u + before.v, call.u + call.v, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_arguments_of_scale(cuda):
+    call = make_call([random(4, 3), random(2, 5)])
+    snapshot = call.power(cuda)
+    for bad in (snapshot[:-1], snapshot.double(), torch.stack([snapshot, snapshot], 1)[:, 0]):
+        for run in (
+            Call.scale,
+            lambda *args: Call.scale_backward(args[0], call.weights, *args[1:]),
+        ):
+            with pytest.raises(RuntimeError, match="contiguous Float snapshot of 16 elements on "):
+                run(call, bad, cuda)
+    with pytest.raises(RuntimeError, match="expected 2 scales, got 1"):
+        replace(call, scales=[1.0]).scale(snapshot, cuda)
+    for bad in ([random(4, 3)], [random(4, 3), random(5, 2)], [random(4, 3), random(2, 5).int()]):
+        with pytest.raises(RuntimeError, match="expected (2 gradients|a floating .* of shape)"):
+            call.scale_backward(bad, snapshot, cuda)
+
+
+def test_too_many_permuted_dimensions(cuda):
+    weight = permuted((2, 3, 2, 3, 2, 3), (5, 4, 3, 2, 1, 0))
+    call = make_call([random(4, 3), weight])
+    before = call.copy()
+    message = "at most 4 permuted runs, got 5; call .contiguous() on it"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call.power(cuda)
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+    check(replace(call, weights=[call.weights[0], weight.contiguous()]))
+
+
+def test_more_than_two_estimates(cuda):
+    weight = random(3, 4, 5)
+    call = make_call([weight] * 3, dims=[0, 1, 2])
+    call = replace(call, weights=[weight], layers=[0, 0, 0], iterations=[1], scales=[1.0])
+    peer = call.copy()
+    snapshot, expected = call.power(cuda), peer.power(reference)
+    torch.testing.assert_close(snapshot, expected)
+    torch.testing.assert_close(call.scale(snapshot, cuda), peer.scale(expected, reference))
+    with pytest.raises(RuntimeError, match="may have up to 2 estimates, got 3"):
+        call.scale_backward([weight], snapshot, cuda)

@@ -1,0 +1,289 @@
+"""What nvcc makes of the CUDA kernels, and what of it is in the extension. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import fastsn
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+
+KERNELS = ("multiply", "finish", "scale", "product", "gradient")
+TYPES = ("f", "d", "13__nv_bfloat16", "6__half")  # as the compiler writes them
+BYTES = dict(zip(TYPES, (4, 8, 2, 2), strict=True))
+#: Threads of a block, and what a multiprocessor has.
+THREADS = {"multiply": 512, "finish": 512, "scale": 256, "product": 256, "gradient": 256}
+REGISTERS, STATIC_SHARED = 64 * 1024, 48 * 1024
+
+
+def setup_module_of_project():
+    spec = importlib.util.spec_from_file_location("fastsn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = setup_module_of_project()
+nvcc = build.find_nvcc()
+needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc, under CUDA_HOME or on PATH")
+
+
+@dataclass
+class Kernel:
+    """One that was compiled: its name, its types and how many bytes of items it takes."""
+
+    name: str
+    types: tuple[str, ...]
+    item_bytes: int
+
+    @classmethod
+    def parse(cls, symbol: str) -> Kernel:
+        found = re.search(r"\d(\w+?)_kernelI(\w+?)Li(\d+)E", symbol)
+        assert found, symbol
+        # A name that occurs for the second time is a reference to the first.
+        types = tuple(re.findall(r"13__nv_bfloat16|6__half|[fd]|S\w*_", found[2]))
+        types = tuple(types[0] if t.startswith("S") else t for t in types)
+        return cls(re.sub(r".*?([a-z]+)$", r"\1", found[1]), types, int(found[3]))
+
+
+def expected_kernels() -> set[tuple[str, tuple[str, ...]]]:
+    """All types; and for results and gradients also what autocast makes of fp32."""
+    pairs = [*((t, t) for t in TYPES), *(("f", t) for t in TYPES[2:])]
+    return {
+        *(("multiply", (t,)) for t in TYPES),
+        *(("finish", (t,)) for t in TYPES[:2]),
+        *itertools.product(("scale", "product", "gradient"), pairs),
+    }
+
+
+@dataclass
+class Report:
+    """What the assembler says of a kernel."""
+
+    kernel: Kernel
+    architecture: str
+    stack: int
+    spills: int
+    registers: int
+    shared: int
+
+
+def reports(text: str) -> Iterator[Report]:
+    for part in text.split("Compiling entry function ")[1:]:
+        head = re.match(r"'(\w+)' for 'sm_(\w+)'", part)
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        used = re.search(r"Used (\d+) registers", part)
+        assert head and frame and used, part
+        stack, stores, loads = map(int, frame.groups())
+        shared = re.search(r"(\d+) bytes smem", part)
+        yield Report(
+            Kernel.parse(head[1]), head[2], stack, max(stores, loads), int(used[1]),
+            int(shared[1]) if shared else 0,
+        )  # fmt: skip
+
+
+def command() -> list[str]:
+    """That of the last build, as far as it goes: so that it need not be done again."""
+    known = [path.read_text() for path in build.CUDA_OBJECTS.glob("*.ptxas")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSN_WERROR", "1" if any(" -Werror " in x for x in known) else "0")
+        return build.nvcc_command(nvcc, build.CUDA_ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[Path]:
+    """The object files of the kernels, up to date."""
+    return [Path(path) for path in build.compile_cuda(command())]
+
+
+@pytest.fixture(scope="module")
+def compiled(objects) -> list[Report]:
+    return [
+        report for path in objects for report in reports(path.with_suffix(".ptxas").read_text())
+    ]
+
+
+@needs_nvcc
+class TestKernels:
+    def test_objects_are_used_again(self, objects, capfd):
+        before = [path.stat().st_mtime_ns for path in objects]
+        assert {path.stem for path in objects} == {path.stem for path in SOURCES.glob("*.cu")}
+        assert build.compile_cuda(command()) == [str(path) for path in objects]
+        assert [path.stat().st_mtime_ns for path in objects] == before
+        assert capfd.readouterr().out == ""
+
+    @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+    def test_every_kernel_is_there(self, compiled, architecture):
+        own = [report.kernel for report in compiled if report.architecture == architecture]
+        wanted = expected_kernels()
+        assert {(kernel.name, kernel.types) for kernel in own} == wanted
+        # For few items, and for many.
+        assert len(own) == 2 * len(wanted) and len({k.item_bytes for k in own}) == 2
+
+    @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+    @pytest.mark.parametrize("name", KERNELS)
+    def test_registers_suffice(self, compiled, name, architecture):
+        own = [r for r in compiled if (r.kernel.name, r.architecture) == (name, architecture)]
+        assert own
+        for report in own:
+            assert report.registers * THREADS[name] <= REGISTERS, report
+            if "d" in report.kernel.types:
+                assert report.spills <= 16 and report.stack <= 16, report
+            else:
+                assert report.spills == 0 and report.stack == 0, report
+
+    def test_shared_memory_that_needs_no_leave(self, compiled):
+        assert all(report.shared <= STATIC_SHARED for report in compiled)
+        # finish and what sums over a block use some.
+        assert all(report.shared > 0 for report in compiled if report.kernel.name == "finish")
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory) -> dict[str, str]:
+    """The intermediate code of every kernel, by its symbol."""
+    found = {}
+    for source in sorted(SOURCES.glob("*.cu")):
+        out = tmp_path_factory.mktemp("ptx") / f"{source.stem}.ptx"
+        wanted = f"-arch=compute_{build.CUDA_ARCHITECTURES[0]}"
+        subprocess.run([nvcc, "-std=c++17", "-O3", "--ptx", wanted, source, "-o", out], check=True)
+        for part in re.split(r"\.entry ", out.read_text())[1:]:
+            found[part[: part.index("(")]] = part
+    return found
+
+
+def widest(code: str, instruction: str) -> int:
+    """The most bytes that one of these instructions moves."""
+    found = re.findall(rf"\b{instruction}(?:\.v(\d))?\.[a-z](\d+)\b", code)
+    return max(int(count or 1) * int(bits) // 8 for count, bits in found)
+
+
+@needs_nvcc
+class TestInstructions:
+    def test_every_kernel_is_there(self, instructions):
+        found = {(k.name, k.types) for k in map(Kernel.parse, instructions)}
+        assert found == expected_kernels()
+
+    # Of a kernel's types, those of what it reads and of what it writes.
+    @pytest.mark.parametrize("name, read", [("multiply", 0), ("scale", 0), ("gradient", 1)])
+    def test_packs_are_loaded_at_once(self, instructions, name, read):
+        for symbol, code in instructions.items():
+            kernel = Kernel.parse(symbol)
+            if kernel.name == name:
+                own = min(4 * BYTES[kernel.types[read]], 16)
+                assert widest(code, r"ld\.global\.nc") == own, symbol
+
+    def test_packs_of_a_product_are_loaded_at_once(self, instructions):
+        for symbol, code in instructions.items():
+            kernel = Kernel.parse(symbol)
+            if kernel.name == "product":
+                loads = set(re.findall(r"ld\.global\.nc\.v\d\.\w+", code))
+                expected = {min(4 * BYTES[t], 16) for t in kernel.types}
+                assert {widest(load, r"ld\.global\.nc") for load in loads} == expected, symbol
+
+    @pytest.mark.parametrize("name, written", [("scale", 1), ("gradient", 0)])
+    def test_packs_are_stored_at_once(self, instructions, name, written):
+        for symbol, code in instructions.items():
+            kernel = Kernel.parse(symbol)
+            if kernel.name == name:
+                own = min(4 * BYTES[kernel.types[written]], 16)
+                assert widest(code, r"st\.global") == own, symbol
+
+    @pytest.mark.parametrize("precise", ["multiply", "finish", "scale", "gradient"])
+    def test_narrow_kernels_do_no_double_arithmetic(self, instructions, precise):
+        """Of constants, which are doubles, a few conversions remain."""
+        for symbol, code in instructions.items():
+            kernel = Kernel.parse(symbol)
+            if kernel.name == precise and "d" not in kernel.types:
+                assert not re.search(r"\b(fma|mul|add|div|sqrt)\.(rn\.)?f64", code), symbol
+
+
+# The sources
+
+
+def included(path: Path) -> Iterator[tuple[Path, str]]:
+    """(file, header in brackets) of this file and of all that it includes itself."""
+    for kind, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.M):
+        if kind == "<":
+            yield path, name
+        else:
+            yield from included((path.parent / name).resolve(strict=True))
+
+
+@pytest.mark.parametrize("source", [p.name for p in SOURCES.glob("*.cu")] + ["plan.cpp"])
+def test_kernels_know_nothing_of_torch(source):
+    """They compile wherever nvcc is, whatever torch is installed."""
+    headers = set(included(SOURCES / source))
+    assert headers
+    for path, header in headers:
+        assert path.parent == SOURCES
+        assert re.fullmatch(r"cuda_(runtime|bf16|fp16)\.h|[a-z]+", header), (path, header)
+
+
+# The extension
+
+BUILT = fastsn.ops._C.cuda_architectures.split()
+needs_kernels = pytest.mark.skipif(
+    not BUILT, reason=f"built without CUDA kernels: {fastsn.ops._C.cuda_reason}"
+)
+
+
+def output_of(*words: str | Path) -> str:
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"needs {words[0]}")
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def cuobjdump() -> Path:
+    """That of CUDA, or Triton's."""
+    places = [Path(nvcc).parent] if nvcc else []
+    if triton := importlib.util.find_spec("triton"):
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    for place in places:
+        if (place / "cuobjdump").exists():
+            return place / "cuobjdump"
+    pytest.skip("cuobjdump is neither beside nvcc nor in Triton")
+
+
+class TestExtension:
+    library = Path(fastsn.ops._C.__file__)
+
+    @needs_kernels
+    def test_machine_code(self):
+        tool = cuobjdump()
+        code = re.findall(r"\.sm_(\w+)\.cubin", output_of(tool, "--list-elf", self.library))
+        portable = re.findall(r"\.sm_(\w+)\.ptx", output_of(tool, "--list-ptx", self.library))
+        files = len(list(SOURCES.glob("*.cu")))
+        assert sorted(code) == sorted(BUILT * files)
+        # Whatever comes later compiles this.
+        assert portable == BUILT[:1] * files
+
+    def test_needs_no_cuda_to_be_imported(self):
+        needed = re.findall(
+            r"NEEDED.*\[(.*)\]", output_of("readelf", "--dynamic", "--wide", self.library)
+        )
+        assert any(name.startswith("libtorch_cpu") for name in needed)
+        assert not [name for name in needed if "cuda" in name or name.startswith("libnv")]
+
+    def test_exports_nothing_of_cuda(self):
+        """Another library's runtime must not be mistaken for this one."""
+        text = output_of("nm", "--dynamic", "--defined-only", self.library)
+        symbols = [line.split()[-1] for line in text.splitlines()]
+        assert "PyInit__C" in symbols
+        assert not [name for name in symbols if re.match(r"_*cu|_*fatbin|.*fastsn4cuda", name)]
+
+    def test_asks_nothing_of_cuda(self):
+        text = output_of("nm", "--dynamic", "--undefined-only", self.library)
+        symbols = [line.split()[-1] for line in text.splitlines()]
+        assert symbols and not [name for name in symbols if re.match(r"_*cu[a-zA-Z]", name)]
