@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -20,14 +19,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastsn import ops, reference
+from fastsn import triton as triton_kernels
 
 NAMES = ("cpp", "cuda", "triton", "reference")
 
 _forced = "auto"
-
-
-def _triton() -> ModuleType:
-    return import_module("fastsn.triton")
 
 
 def why_not(name: str) -> str | None:
@@ -37,7 +33,7 @@ def why_not(name: str) -> str | None:
             return _cuda_missing() or f"torch {torch.__version__} finds no CUDA device"
         return _cuda_missing()
     if name == "triton":
-        return _triton().why_not()
+        return triton_kernels.why_not()
     return None
 
 
@@ -61,36 +57,43 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
         return f"it runs on CUDA devices, the weights are on {weight.device}"
     if name == "cuda" and _cuda_missing():
         return _cuda_missing()
-    if name == "triton" and not _triton().serves(weight.device):
+    if name == "triton" and not triton_kernels.serves(weight.device):
         return why_not(name) or f"it does not run on {weight.device}, where the weights are"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode differentiation need the reference"
     return None
 
 
+def choose(weight: Tensor) -> str:
+    """The name of the back-end for this weight.
+
+    Raises:
+        RuntimeError: the forced back-end cannot serve it.
+    """
+    if _forced == "auto":
+        return next(name for name in NAMES if _why_not_for(name, weight) is None)
+    reason = _why_not_for(_forced, weight)
+    if reason:
+        possible = [name for name in NAMES if _why_not_for(name, weight) is None]
+        raise RuntimeError(
+            f"fastsn back-end {_forced!r} was asked for, but {reason}; these can serve: {possible}"
+        )
+    return _forced
+
+
 def select(weights: Sequence[Tensor]) -> ModuleType:
-    """The back-end for these weights, which share device and kind of dtype.
+    """The functions that serve these weights, which share device and kind of dtype.
 
     Raises:
         RuntimeError: the forced back-end cannot serve them.
     """
     # Only complex numbers, devices and transforms decide, and a call does not mix those.
-    if _forced == "auto":
-        name = next(name for name in NAMES if _why_not_for(name, weights[0]) is None)
-    else:
-        name = _forced
-        reason = _why_not_for(name, weights[0])
-        if reason:
-            possible = [other for other in NAMES if _why_not_for(other, weights[0]) is None]
-            raise RuntimeError(
-                f"fastsn back-end {name!r} was asked for, but {reason}; these can serve: {possible}"
-            )
-    return reference if name == "reference" else ops
+    return reference if choose(weights[0]) == "reference" else ops
 
 
 def _triton_kernel(name: str) -> Callable[..., object]:
     def call(*args: object) -> object:
-        return getattr(_triton(), name)(*args)
+        return getattr(triton_kernels, name)(*args)
 
     return call
 

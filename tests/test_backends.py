@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 import fastsn
+import fastsn.triton
 from fastsn import backends, ops, reference
 from fastsn.__main__ import info, main
 from fastsn.functional import init_vectors, spectral_norm
 
 POSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is None]
 IMPOSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is not None]
+SERVING = [name for name in POSSIBLE if name not in ("cuda", "reference")]  # the CPU
 REAL, COMPLEX = torch.randn(4, 3), torch.randn(4, 3, dtype=torch.complex64)
 
 
@@ -87,6 +89,66 @@ def test_the_chosen_one_does_the_work(monkeypatch):
             layer.eval()(REAL)
             spectral_norm(REAL, u, v)
         assert set(calls) == (set(names) if backend == "reference" else set())
+
+
+class Elsewhere:
+    """What the choice asks of a weight that lives on a device which need not be there."""
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+
+@pytest.mark.parametrize(
+    "built, hip, triton, expected",
+    [
+        ("80 90", None, True, "cuda"),
+        ("80 90", None, False, "cuda"),
+        ("", None, True, "triton"),
+        ("", None, False, "reference"),
+        ("80 90", "7.0", True, "triton"),
+        ("80 90", "7.0", False, "reference"),
+    ],
+)
+def test_automatic_choice_on_a_gpu(monkeypatch, built, hip, triton, expected):
+    monkeypatch.setattr(ops._C, "cuda_architectures", built)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(fastsn.triton, "_missing", lambda: None if triton else "not installed")
+    weight = Elsewhere("cuda:1")
+    assert backends.choose(weight) == expected
+    assert backends.select([weight]) is (reference if expected == "reference" else ops)
+    assert backends.choose(Elsewhere("cuda", torch.complex64)) == "reference"
+    assert backends.choose(Elsewhere("xpu")) == "reference"
+    assert backends.choose(REAL) == "cpp"
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_forced_choice_of_another_device_says_why(monkeypatch, name):
+    monkeypatch.setattr(ops._C, "cuda_architectures", "80 90")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(fastsn.triton, "_missing", lambda: None)
+    monkeypatch.setattr(fastsn.triton, "why_not", lambda: None)
+    monkeypatch.setattr(backends, "_forced", name)
+    assert backends.choose(Elsewhere("cuda")) == name
+    with pytest.raises(RuntimeError, match=rf"{name!r} was asked for, but .*cpu.*\['cpp', 'refer"):
+        backends.choose(REAL)
+
+
+def test_reasons_name_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops._C, "cuda_architectures", "")
+    assert backends.why_not("cuda").startswith("CUDA kernels were not built: ")
+    monkeypatch.setattr(ops._C, "cuda_architectures", "90")
+    assert "finds no CUDA device" in backends.why_not("cuda")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "is for AMD GPUs" in backends.why_not("cuda")
+    assert "no GPU was found" in backends.why_not("triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in backends.why_not("triton")
 
 
 # What cannot be done
@@ -171,11 +233,33 @@ def test_the_same_training_on_every_backend(method, accelerated):
         return [*net.eval()(data[0]).unbind(), *net.state_dict().values()]
 
     data = torch.randn(4, 6, 3, 6, 6, dtype=torch.float64)
-    results = []
-    for name in ("cpp", "reference"):
+    with fastsn.use_backend("reference"):
+        expected = train()
+    for name in SERVING:
         with fastsn.use_backend(name):
-            results.append(train())
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(train(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_with_every_backend():
+    net = fastsn.accelerate(network(by_parametrization)).eval()
+    x = torch.randn(6, 3, 6, 6, dtype=torch.float64)
+    expected = net(x)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for name in SERVING:
+        torch._dynamo.reset()
+        with fastsn.use_backend(name):
+            torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
+def test_triton_serves_the_cpu_in_its_interpreter():
+    """This file again, where the interpreter makes Triton one of the back-ends of the CPU."""
+    pytest.importorskip("triton")
+    names = "(training and accelerated and bssn) or compiled or environment_variable_chooses"
+    done = run("-m", "pytest", "-q", "-k", names, __file__, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run("-m", "fastsn", "info", FASTSN_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "back-end in use: triton" in done.stdout, done.stderr
 
 
 # The report, and the environment variable

@@ -8,7 +8,6 @@ It serves NVIDIA GPUs where fastsn was built without nvcc, AMD GPUs and, in Trit
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,22 +32,21 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def _why_not(interpreted: bool) -> str | None:
+def _missing() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton is not installed (pip install triton): {error}"
-    if not (interpreted or torch.cuda.is_available()):
-        return "no GPU was found, and TRITON_INTERPRET is not 1"
     return None
 
 
 def why_not() -> str | None:
     """Why no kernel can run in this process, or None if they can."""
-    return _why_not(is_interpreted())
+    if not (is_interpreted() or torch.cuda.is_available()):
+        return _missing() or "no GPU was found, and TRITON_INTERPRET is not 1"
+    return _missing()
 
 
 def serves(device: torch.device) -> bool:
     """Whether tensors on this device can be served: GPUs, or the CPU under the interpreter."""
-    return device.type == ("cpu" if is_interpreted() else "cuda") and why_not() is None
+    return device.type == ("cpu" if is_interpreted() else "cuda") and _missing() is None
