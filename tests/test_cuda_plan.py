@@ -24,7 +24,7 @@ PACK = 4
 LARGEST_INT = 2**31 - 1
 #: Rows and columns that the host lets through.
 LARGEST = LARGEST_INT - 2**16
-LEAST_TILE = 16 * 1024
+LEAST_TILE = 24 * 1024
 TILES = 128
 
 examples = partial(settings, deadline=None, derandomize=True, database=None)

@@ -8,7 +8,7 @@ namespace {
 // A layer is cut into about so many tiles, so that a few layers fill a GPU, ...
 constexpr int64_t kTiles = 128;
 // ... of no fewer elements than this: a tile has costs of its own.
-constexpr int64_t kTileNumel = 16 * 1024;
+constexpr int64_t kTileNumel = 24 * 1024;
 // Where the units come first, a tile has four times so many members: threads enough for a whole
 // cache line, and members enough that the summands, one per unit and tile, stay few.
 constexpr int kLanesUnitFirst = 16;
