@@ -14,10 +14,12 @@ from fastsn.ops import _C
 
 def info() -> str:
     """The report, one fact a line."""
+    architectures = ", ".join(f"sm_{one}" for one in _C.cuda_architectures.split()) or "no GPU"
     lines = [
         f"fastsn {fastsn.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__} (extension built against {_C.torch_version})",
-        f"compiler: {_C.compiler}; CPU kernels for {_C.cpu_capability()}",
+        f"compiler: {_C.compiler}; CPU kernels for {_C.cpu_capability()}; "
+        f"CUDA kernels for {architectures}",
         f"threads: {torch.get_num_threads()}",
         f"back-end in use: {backends.current_backend()}",
     ]

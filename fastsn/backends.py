@@ -111,8 +111,8 @@ class _TritonKernels:
                     self.library.impl(name, _triton_kernel(name), key, allow_override=True)
 
 
-# Where there are no compiled ones for GPUs. Nothing of Triton is imported until they are called.
-_standing_in = None if ops._C.cuda_architectures else _TritonKernels("CUDA")
+# Where no compiled ones serve GPUs. Nothing of Triton is imported until they are called.
+_standing_in = _TritonKernels("CUDA") if _cuda_missing() else None
 _overriding: _TritonKernels | None = None
 
 

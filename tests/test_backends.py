@@ -317,3 +317,23 @@ def test_unknown_command(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "python -m fastsn" in capsys.readouterr().err
+
+
+def test_kernels_of_triton_leave_when_it_is_no_longer_asked_for():
+    pytest.importorskip("triton")
+    done = run(
+        "-c",
+        "import torch, fastsn\n"
+        "def python_kernels():\n"
+        "    dump = torch._C._dispatch_dump('fastsn::power_')\n"
+        "    return sum('backends.py' in line for line in dump.splitlines() if line[:3] == 'CPU')\n"
+        "seen = [python_kernels()]\n"
+        "with fastsn.use_backend('triton'):\n"
+        "    seen.append(python_kernels())\n"
+        "    with fastsn.use_backend('triton'):\n"
+        "        seen.append(python_kernels())\n"
+        "seen.append(python_kernels())\n"
+        "assert [n > 0 for n in seen] == [False, True, True, False], seen\n",
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
