@@ -453,6 +453,9 @@ def data_parallel_worker(rank, forms, rendezvous, results):
             (parallel(real) - parallel(fake)).square().sum().backward()
             optimizer.step()
         torch.save(model.state_dict(), results / f"{label}-{rank}.pt")
+    # Neither rank takes gloo's threads down while the other is still talking to them.
+    del parallel
+    dist.barrier()
     dist.destroy_process_group()
 
 

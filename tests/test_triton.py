@@ -75,12 +75,10 @@ class TestProcess:
     @pytest.mark.parametrize("has_gpu", [False, True])
     def test_no_gpu(self, has_gpu, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-        backend._why_not.cache_clear()
         expected = None if has_gpu else "no GPU was found, and TRITON_INTERPRET is not 1"
         assert backend.why_not() == expected
-        assert backend.serves(torch.device("cuda")) == has_gpu
+        assert backend.serves(torch.device("cuda"))  # who has a tensor there has a GPU
         assert not backend.serves(torch.device("cpu"))
-        backend._why_not.cache_clear()
 
 
 def check(call: Call) -> None:
