@@ -222,12 +222,16 @@ def build_step(cuda: str) -> Step:
     )
 
 
+#: In this order: the compiled model at the end of the last takes longest.
+TESTS = ["tests/test_gpu.py", "tests/test_gpu_models.py", "tests/test_gpu_streams.py"]
+
+
 def test_step(backend: str, seconds: float, *arguments: str, **environment: str) -> Step:
     options = ["-q", "-ra", "--durations=15", "-p", "no:cacheprovider", "--color=no"]
     return Step(
         f"tests, {backend}",
         [
-            *(sys.executable, "-m", "pytest", "tests/test_gpu.py", *options),
+            *(sys.executable, "-m", "pytest", *TESTS, *options),
             *("-o", "faulthandler_timeout=100", *arguments),
         ],
         seconds,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastsn import biggan, functional, hooks, parametrizations
+from fastsn import autocast, biggan, functional, hooks, parametrizations
 from fastsn.grouping import accelerate
 
 __all__ = ["Report", "apply"]
@@ -33,18 +33,7 @@ class Report:
 
 
 _METHODS = {"sn": "matrix", "bsn": "bidirectional"}
-_LAYERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
+_LAYERS = (*autocast.LAYERS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
 
 def _is_normalized(module: nn.Module) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Layers whose forward hands the weight to one function, one of those that autocast casts for.
-_LAYERS = (
+#: Layers whose forward hands the weight to one function, one of those that autocast casts for.
+LAYERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -39,7 +39,7 @@ def casts(module: nn.Module, name: str) -> bool:
         issubclass(own, layer)
         and own.forward is layer.forward
         and getattr(own, "_conv_forward", None) is getattr(layer, "_conv_forward", None)
-        for layer in _LAYERS
+        for layer in LAYERS
     )
 
 

@@ -55,8 +55,8 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
         return f"it runs on the CPU, the weights are on {weight.device}"
     if name == "cuda" and device != "cuda":
         return f"it runs on CUDA devices, the weights are on {weight.device}"
-    if name == "cuda" and _cuda_missing():
-        return _cuda_missing()
+    if name == "cuda" and (missing := _cuda_missing()):
+        return missing
     if name == "triton" and not triton_kernels.serves(weight.device):
         return why_not(name) or f"it does not run on {weight.device}, where the weights are"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 
 import torch
+from calls import ALL_TYPES, LAYOUTS, Call, Results, gradients_for, make_call, random
 from gpu_tensors import call_on_device, on_device
-from test_ops import ALL_TYPES, LAYOUTS, Call, Results, gradients_for, make_call, random
 from torch import Tensor
 
 import fastsn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from test_ops import Call
+from calls import Call
 from torch import Tensor
 
 

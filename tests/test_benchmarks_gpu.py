@@ -524,6 +524,8 @@ def test_the_session_on_a_gpu_runs_every_step(
     names = [step.name for step in steps]
     assert names[:3] == ["build, FASTSN_CUDA=1", "build, FASTSN_CUDA=0", "info"]
     assert names[3:6] == ["tests, cuda", "tests, triton", "tests, reference"]
+    tests = {f"tests/{path.name}" for path in ROOT.glob("tests/test_gpu*.py")}
+    assert all(tests <= set(step.command) for step in steps[3:6])
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert names[6:10] == [f"compute-sanitizer {tool}" for tool in tools]
     measured = [part for step in steps[10:] for part in gpu.PARTS if part in step.command]

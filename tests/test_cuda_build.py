@@ -228,7 +228,7 @@ def test_kernels_know_nothing_of_torch(source):
     assert headers
     for path, header in headers:
         assert path.parent == SOURCES
-        assert re.fullmatch(r"cuda_(runtime|bf16|fp16)\.h|[a-z]+", header), (path, header)
+        assert re.fullmatch(r"cuda_(runtime|bf16|fp16)\.h|[a-z_]+", header), (path, header)
 
 
 # The extension

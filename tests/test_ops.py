@@ -1,6 +1,7 @@
 """The compiled operators against `fastsn.reference`, which is the specification.
 
-`TestNumbers` runs once more for every instruction set, in a process of its own.
+`TestNumbers` runs once more for every instruction set, in a process of its own. Other back-ends'
+tests put theirs in the place of `ops`.
 """
 
 from __future__ import annotations
@@ -9,120 +10,30 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from calls import (
+    ALL_TYPES,
+    BAD,
+    SHAPES,
+    Call,
+    assert_same,
+    each_layout,
+    each_order,
+    each_type,
+    gradients_for,
+    large_call,
+    make_call,
+    random,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_sum_no_worse
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from fastsn import ops, reference
-from fastsn.functional import estimate_dims
-
-ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-each_type = pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
-each_order = pytest.mark.parametrize("v_first", [False, True], ids=["u-first", "v-first"])
-
-
-class Results(NamedTuple):
-    """All that a step computes."""
-
-    vectors: list[Tensor]
-    normalized: list[Tensor]
-    gradients: list[Tensor]
-    sigmas: list[Tensor]
-
-
-@dataclass
-class Call:
-    """The arguments of the operators, for any number of weights."""
-
-    weights: list[Tensor]
-    u: list[Tensor]
-    v: list[Tensor]
-    layers: list[int]
-    dims: list[int]
-    iterations: list[int]
-    scales: list[float]
-    eps: float = 1e-12
-    v_first: bool = False
-    bound: bool = False
-    zero_guard: bool = False
-
-    def copy(self, dtype: torch.dtype | None = None) -> Call:
-        """With u and v, or everything if there is a `dtype`, in memory of its own."""
-        weights = [w.to(dtype) for w in self.weights] if dtype else self.weights
-        u, v = ([x.to(dtype or x.dtype, copy=True) for x in side] for side in (self.u, self.v))
-        return replace(self, weights=weights, u=u, v=v)
-
-    def estimates(self) -> tuple:
-        return self.weights, self.u, self.v, self.layers, self.dims
-
-    def options(self) -> tuple:
-        return self.iterations, self.eps, self.v_first, self.zero_guard
-
-    def constraint(self) -> tuple:
-        return self.layers, self.dims, self.scales, self.bound, self.zero_guard
-
-    def power(self, backend=ops) -> Tensor:
-        return backend.power_(*self.estimates(), *self.options())
-
-    def estimate(self, backend=ops) -> Tensor:
-        return backend.estimate(*self.estimates())
-
-    def scale(self, snapshot: Tensor, backend=ops) -> list[Tensor]:
-        return backend.scale(self.weights, snapshot, *self.constraint())
-
-    def scale_backward(self, grads: list[Tensor], snapshot: Tensor, backend=ops) -> list[Tensor]:
-        return backend.scale_backward(grads, self.weights, snapshot, *self.constraint())
-
-    def run(self, grads: list[Tensor], backend=ops) -> Results:
-        """One step; u and v of this call stay as they are."""
-        live = self.copy()
-        # What is not written shows: results take the place of these in memory.
-        poison = [torch.full_like(w, torch.nan) for w in live.weights]
-        del poison
-        snapshot = live.power(backend)
-        normalized = live.scale(snapshot, backend)
-        gradients = live.scale_backward(grads, snapshot, backend)
-        parts = reference.vectors_of(live.weights, snapshot, live.layers, live.dims)
-        vectors = [*live.u, *live.v, *(x for pair in parts for x in pair)]
-        return Results(vectors, normalized, gradients, list(snapshot[-len(live.layers) :].unbind()))
-
-
-def make_call(weights, dims=0, norm="matrix", iterations=1, **kwargs) -> Call:
-    """A call for these weights; `dims` and `iterations` are one for all of them, or one each.
-
-    u and v have seen some iterations, as in training: with random ones sigma is a sum whose terms
-    cancel, and the roundings of every implementation are blown up.
-    """
-    count = len(weights)
-    dims = [dims] * count if isinstance(dims, int) else dims
-    iterations = [iterations] * count if isinstance(iterations, int) else iterations
-    own = [estimate_dims(w.shape, dim, norm) for w, dim in zip(weights, dims, strict=True)]
-    layers = [layer for layer, dims in enumerate(own) for _ in dims]
-    flat = [dim for dims in own for dim in dims]
-    u, v = [], []
-    for layer, dim in zip(layers, flat, strict=True):
-        weight = weights[layer]
-        matrix = reference.to_matrix(weight.double(), dim)
-        x, y = (torch.randn(length, dtype=torch.float64) for length in matrix.shape)
-        for _ in range(5):
-            x, y, _ = reference.iterate(matrix, x, y, 1e-12, v_first=True)
-        u.append(x.to(weight.dtype))
-        v.append(y.to(weight.dtype))
-    call = Call(weights, u, v, layers, flat, iterations, [1.0] * count)
-    return replace(call, **kwargs)
-
-
-def gradients_for(call: Call) -> list[Tensor]:
-    return [torch.randn(w.shape).to(w.dtype) for w in call.weights]
 
 
 def check(call: Call) -> None:
@@ -148,10 +59,6 @@ def check(call: Call) -> None:
         assert_sum_no_worse(*triple, **sums, largest_term=largest_term)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype)
-
-
 @pytest.fixture
 def poisoned_memory():
     """Fresh memory is full of NaN."""
@@ -160,24 +67,6 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-LAYOUTS = {
-    "channels_last": lambda w: w.to(memory_format=torch.channels_last),
-    "first-two-exchanged": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
-    "reversed": lambda w: w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-    "slice-of-larger": lambda w: torch.cat([w, w]).flatten()[3 : 3 + w.numel()].view(w.shape),
-    "every-other": lambda w: w.repeat_interleave(2, dim=3)[..., ::2],
-    "every-other-exchanged": lambda w: w.mT.repeat_interleave(2, dim=1)[:, ::2].mT,
-    "expanded": lambda w: w[:, :, :1].expand(w.shape),
-    "negative-bit": lambda w: torch._neg_view(w),
-}
-each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-
-SHAPES = [
-    (1,), (129,), (1, 1), (1, 63), (63, 1), (63, 129), (7, 4608), (4608, 3), (5, 4, 3),
-    (16, 9, 40), (64, 3, 3, 3), (3, 64, 1, 1), (9, 8, 3, 3, 3), (0, 3), (3, 0), (2, 0, 3),
-]  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -249,7 +138,7 @@ class TestNumbers:
         strided.u, strided.v = (
             [torch.stack([x, x], dim=1)[:, 0] for x in side] for side in (call.u, call.v)
         )
-        assert torch.equal(strided.power(), call.power())
+        assert torch.equal(strided.power(ops), call.power(ops))
         for a, b in zip(strided.u + strided.v, call.u + call.v, strict=True):
             assert a.stride() == (2,) and torch.equal(a, b)
 
@@ -311,16 +200,6 @@ class TestNumbers:
 
 
 # Results depend on shapes only
-
-
-def assert_same(a: Results, b: Results) -> None:
-    for own, other in zip(a, b, strict=True):
-        assert len(own) == len(other) and all(map(torch.equal, own, other))
-
-
-def large_call(v_first: bool) -> Call:
-    weights = [random(700, 300), random(64, 3, 3, 3), random(20, 300, 40), random(3, 5)]
-    return make_call(weights, [0, 0, 1, 0], "bidirectional", [1, 2, 1, 0], v_first=v_first)
 
 
 @each_order
@@ -408,8 +287,11 @@ def test_inference_mode():
 def test_results_have_the_strides_of_a_quotient(layout):
     weight = layout(random(6, 5, 3, 4))
     call = make_call([weight])
-    snapshot = call.power()
-    for (result,) in (call.scale(snapshot), call.scale_backward([weight.clone()], snapshot)):
+    snapshot = call.power(ops)
+    for (result,) in (
+        call.scale(snapshot, ops),
+        call.scale_backward([weight.clone()], snapshot, ops),
+    ):
         assert result.stride() == (weight / 2.0).stride()
 
 
@@ -428,23 +310,6 @@ def test_results_keep_their_memory_to_themselves(shape):
     assert torch.equal(torch.from_numpy(array), kept)
     grown = call.scale(snapshot)[0].resize_(2 * shape[0], shape[1])
     assert torch.equal(grown[: shape[0]], kept)
-
-
-BAD = {
-    "no weights": ({"weights": []}, "at least one weight"),
-    "a weight left out": ({"layers": [0, 0]}, "every one of the 2 weights in ascending order"),
-    "descending": ({"layers": [1, 0]}, "in ascending order"),
-    "unknown layer": ({"layers": [0, 2]}, "(in ascending order|for layer 2)"),
-    "negative layer": ({"layers": [-1, 0]}, "(in ascending order|for layer -1)"),
-    "dims": ({"dims": [0]}, "layers and dims differ in length: 2 and 1"),
-    "dim": ({"dims": [0, 2]}, r"dims\[1\] must be in \[0, 1\], got 2"),
-    "u missing": ({"u": [torch.ones(4)]}, "expected 2 u and v, got 1 and 2"),
-    "u length": ({"u": [torch.ones(4), torch.ones(3)]}, r"u\[1\].* shape \[2\], got \[3\]"),
-    "v type": ({"v": [torch.ones(3), torch.ones(5).int()]}, r"v\[1\] must be floating point"),
-    "iterations": ({"iterations": [1]}, "expected .*n_power_iterations.*, got 1"),
-    "mixed": ({"weights": [random(4, 3), random(2, 5).double()]}, "float64 weights cannot share"),
-    "integers": ({"weights": [random(4, 3), random(2, 5).int()]}, r"weights\[1\] must be float64"),
-}
 
 
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
@@ -502,129 +367,3 @@ def test_results_of_another_type_compile():
     snapshot = call.estimate()
     (expected,) = reference.scale(call.weights, snapshot, *call.constraint(), torch.bfloat16)
     assert torch.equal(run(snapshot)[0], expected)
-
-
-# Gradients
-
-
-def normalizer(call: Call, backend=ops):
-    """The normalized weights as a function of the weights, u and v constant."""
-
-    def normalize(*weights: Tensor) -> tuple[Tensor, ...]:
-        at = replace(call, weights=list(weights))
-        return tuple(at.scale(at.estimate(backend), backend))
-
-    return normalize
-
-
-def parameters(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
-
-
-METHODS = {
-    "sn": ("matrix", {}),
-    "bsn": ("bidirectional", {}),
-    "scaled": ("bidirectional", {"scales": [0.7, 1.3]}),
-    "bound": ("bidirectional", {"scales": [0.3, 30.0], "bound": True}),
-    "zero_guard": ("matrix", {"zero_guard": True}),
-}
-each_method = pytest.mark.parametrize("norm, constraint", METHODS.values(), ids=METHODS.keys())
-
-
-@each_method
-def test_gradients_and_their_gradients(norm, constraint):
-    weights = parameters((3, 2, 2), (2, 3))
-    call = make_call([w.detach() for w in weights], [0, 1], norm, **constraint)
-    assert gradcheck(normalizer(call), weights)
-    assert gradgradcheck(normalizer(call), weights)
-
-
-@each_method
-def test_gradients_agree_with_and_without_create_graph(norm, constraint):
-    weights = parameters((3, 2, 2), (2, 3))
-    call = make_call([w.detach() for w in weights], [0, 1], norm, **constraint)
-    outputs = normalizer(call)(*weights)
-    directions = [torch.randn_like(w) for w in weights]
-    first, graph, again = (
-        torch.autograd.grad(outputs, weights, directions, retain_graph=True, create_graph=create)
-        for create in (False, True, False)
-    )
-    assert_close(first, graph)
-    assert all(map(torch.equal, first, again))
-
-
-@pytest.mark.parametrize("constraint", [{"zero_guard": True}, {"bound": True}], ids=str)
-def test_second_gradient_of_a_zero_weight(constraint):
-    weight, direction = parameters((3, 2), (3, 2))
-    call = make_call([weight.detach().clone()], **constraint)
-    with torch.no_grad():
-        weight.zero_()
-    (out,) = normalizer(call)(weight)
-    (first,) = torch.autograd.grad(out, weight, direction, create_graph=True)
-    assert torch.equal(first, direction)
-    second, through = torch.autograd.grad(
-        first.square().sum(), (weight, direction), materialize_grads=True
-    )
-    assert not second.any() and torch.equal(through, 2 * direction)
-
-
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_layers_that_take_no_part(create_graph):
-    used, unused, frozen = weights = parameters((4, 3), (4, 3), (4, 3))
-    frozen.requires_grad_(False)
-    call = make_call([w.detach() for w in weights])
-    outputs = normalizer(call)(*weights)
-    gradients = torch.autograd.grad(
-        outputs[0], [used, unused], outputs[2], create_graph=create_graph, allow_unused=True
-    )
-    expected = normalizer(call, reference)(*weights)
-    assert gradients[1] is None
-    assert_close(gradients[0], *torch.autograd.grad(expected[0], used, expected[2]))
-
-
-@each_layout
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_gradients_of_any_layout(layout, create_graph):
-    direction = layout(random(6, 5, 3, 4, dtype=torch.float64))
-    for weight_layout in (lambda w: w, LAYOUTS["channels_last"], LAYOUTS["every-other"]):
-        weight = weight_layout(random(6, 5, 3, 4, dtype=torch.float64)).requires_grad_()
-        (out,) = normalizer(make_call([weight.detach()]))(weight)
-        actual, expected = (
-            torch.autograd.grad(out, weight, g, retain_graph=True, create_graph=create_graph)[0]
-            for g in (direction, direction.resolve_neg().contiguous())
-        )
-        assert_close(actual, expected)
-
-
-# PyTorch's own checks: schema, autograd registration, fake kernels, tracing
-
-SAMPLES = {
-    "sn": lambda: make_call([random(4, 3), random(2, 5)], [0, 1], iterations=[1, 2]),
-    "bsn": lambda: make_call([random(4, 3, 2, 2), random(3, 4, 1, 1)], [0, 1], "bidirectional"),
-    "narrow": lambda: make_call([random(4, 3, dtype=torch.bfloat16), random(7)], bound=True),
-    "fp64": lambda: make_call([random(4, 3, dtype=torch.float64)], zero_guard=True, v_first=True),
-    "empty": lambda: make_call([random(0, 3)]),
-    "channels_last": lambda: make_call([LAYOUTS["channels_last"](random(4, 3, 2, 2))]),
-    "not-dense": lambda: make_call([LAYOUTS["every-other-exchanged"](random(4, 3, 2, 2))]),
-}
-
-
-@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-def test_opcheck(sample):
-    call = sample()
-    grads = gradients_for(call)
-    snapshot = call.estimate()
-    detached = [w.detach() for w in call.weights]
-    for weight in call.weights:
-        weight.requires_grad_()
-    for op, args in [
-        (ops.power_, (*call.estimates(), *call.options())),
-        (ops.estimate, call.estimates()),
-        (ops.scale, (call.weights, snapshot, *call.constraint())),
-        (ops.scale_backward, (grads, detached, snapshot, *call.constraint())),
-    ]:
-        torch.library.opcheck(op, args)

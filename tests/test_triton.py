@@ -16,9 +16,7 @@ from unittest import mock
 import pytest
 import test_ops
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ops import (
+from calls import (
     ALL_TYPES,
     BAD,
     LAYOUTS,
@@ -32,6 +30,9 @@ from test_ops import (
     make_call,
     random,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import check
 from tolerances import assert_sum_no_worse
 
 import fastsn.triton as backend
@@ -81,11 +82,6 @@ class TestProcess:
         assert not backend.serves(torch.device("cpu"))
 
 
-def check(call: Call) -> None:
-    with mock.patch.object(test_ops, "ops", backend):
-        test_ops.check(call)
-
-
 @pytest.fixture
 def variants():
     """The kernels and constants that the tests of this file have launched so far."""
@@ -112,6 +108,19 @@ def name_of(kernel, constants) -> str:
 @pytest.mark.usefixtures("poisoned_memory")
 class TestInterpreter:
     __test__ = backend.is_interpreted()
+
+    @pytest.fixture(autouse=True)
+    def tested(self, monkeypatch):
+        """What `test_ops.check` compares with the reference."""
+        monkeypatch.setattr(test_ops, "ops", backend)
+
+    # What is small enough for the interpreter is the same as for all other kernels.
+    test_eps_larger_than_the_norms = test_ops.TestNumbers.test_eps_larger_than_the_norms
+    test_bound = test_ops.TestNumbers.test_bound
+    test_zero_guard = test_ops.TestNumbers.test_zero_guard
+    test_results_have_the_strides_of_a_quotient = staticmethod(
+        test_ops.test_results_have_the_strides_of_a_quotient
+    )
 
     def test_serves_the_cpu(self):
         assert backend.why_not() is None
@@ -166,17 +175,6 @@ class TestInterpreter:
         check(make_call([weight, weight.clone()], [0, 1], norm, v_first=v_first))
 
     @each_layout
-    def test_results_have_the_strides_of_a_quotient(self, layout):
-        weight = layout(random(6, 5, 3, 4))
-        call = make_call([weight])
-        snapshot = call.power(backend)
-        for (result,) in (
-            call.scale(snapshot, backend),
-            call.scale_backward([weight.clone()], snapshot, backend),
-        ):
-            assert result.stride() == (weight / 2.0).stride()
-
-    @each_layout
     def test_gradients_of_any_layout(self, layout):
         direction = layout(random(6, 5, 3, 4))
         for weight_layout in (lambda w: w, LAYOUTS["channels_last"], LAYOUTS["every-other"]):
@@ -219,33 +217,11 @@ class TestInterpreter:
         for a, b in zip(strided.u + strided.v, call.u + call.v, strict=True):
             assert a.stride() == (2,) and torch.equal(a, b)
 
-    @each_order
-    def test_eps_larger_than_the_norms(self, v_first):
-        check(make_call([random(9, 70), random(4, 3, 3, 3)], eps=50.0, v_first=v_first))
-
     def test_eps_in_float64(self):
         weight = random(5, 4, dtype=torch.float64)
         call = make_call([weight], eps=0.1 * 5e-13)
         call.weights[0] *= 1e-14
         check(call)
-
-    @each_type
-    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
-    @pytest.mark.parametrize("zero_guard", [False, True])
-    def test_bound(self, norm, dtype, zero_guard):
-        weights = [random(6, 5, 3, 3, dtype=dtype), random(6, 5, 3, 3, dtype=dtype)]
-        check(make_call(weights, 0, norm, scales=[0.5, 50.0], bound=True, zero_guard=zero_guard))
-
-    @each_order
-    @each_type
-    @pytest.mark.parametrize("bound", [False, True])
-    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
-    def test_zero_guard(self, norm, bound, dtype, v_first):
-        zero = torch.zeros(6, 5, 3, 3, dtype=dtype)
-        weights = [zero, random(6, 5, 3, 3, dtype=dtype), zero.clone()]
-        call = make_call(weights, 0, norm, [1, 1, 0], scales=[0.5, 1.0, 2.0], bound=bound)
-        call.u, call.v = ([torch.ones_like(x) for x in side] for side in (call.u, call.v))
-        check(replace(call, v_first=v_first, zero_guard=True))
 
     def test_zero_without_guard(self):
         call = make_call([torch.zeros(6, 5), random(6, 5)])

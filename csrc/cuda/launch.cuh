@@ -1,6 +1,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "kernels.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -11,18 +12,6 @@ namespace fastsn::cuda {
 
 constexpr int kSmallParameter = 4096 - 256;   // what every GPU and driver takes
 constexpr int kLargeParameter = 32764 - 256;  // from Volta on; costs time to copy
-
-template <typename Item>
-constexpr bool fits_small(int64_t count) {
-  return count <= Batch<Item, kSmallParameter>::kCapacity;
-}
-
-struct Launch {
-  int device;
-  cudaStream_t stream;
-  int threads;
-  int shared_bytes;
-};
 
 // Whether a kernel may be brought onto the device while the one before it ends (programmatic
 // dependent launch). Off unless FASTSN_CUDA_PDL=1: for measurements, see benchmarks/NOTES.md.
@@ -36,33 +25,33 @@ inline bool overlaps_launches() {
 
 // Raises the limit of dynamic shared memory once per kernel and device.
 template <auto kKernel>
-cudaError_t allow_shared(const Launch& launch) {
+cudaError_t allow_shared(int device, int bytes) {
   static std::atomic<uint64_t> done{0};
-  const uint64_t bit = uint64_t{1} << (launch.device % 64);
-  if (launch.shared_bytes <= 48 * 1024 || (done.load() & bit) != 0) {
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (bytes <= 48 * 1024 || (done.load() & bit) != 0) {
     return cudaSuccess;
   }
-  const auto status = cudaFuncSetAttribute(
-      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  const auto status =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status == cudaSuccess) {
     done.fetch_or(bit);
   }
   return status;
 }
 
-// kKernel(batch, arguments...) for items[0 .. count), where item k needs blocks_of(items[k])
-// blocks.
-template <auto kKernel, int kBytes, typename Item, typename BlocksOf, typename... Arguments>
+// Kernel::kernel<kBytes>(batch, arguments...) for items[0 .. count), each an Item that needs
+// Kernel::blocks(item) blocks of kBlock threads with kShared bytes of dynamic shared memory.
+template <typename Kernel, int kBytes, typename... Arguments>
 cudaError_t launch_batches(
-    const Launch& launch, const Item* items, int64_t count, const BlocksOf& blocks_of,
-    const Arguments&... arguments) {
-  auto status = allow_shared<kKernel>(launch);
-  Batch<Item, kBytes> batch;
+    Where where, const typename Kernel::Item* items, int64_t count, const Arguments&... arguments) {
+  constexpr auto kKernel = Kernel::template kernel<kBytes>;
+  auto status = allow_shared<kKernel>(where.device, Kernel::kShared);
+  Batch<typename Kernel::Item, kBytes> batch;
   for (int64_t begin = 0; begin < count && status == cudaSuccess;) {
     batch.count = 0;
     int64_t blocks = 0;
     for (; begin < count && batch.count < batch.kCapacity; ++begin) {
-      const int64_t own = blocks_of(items[begin]);
+      const int64_t own = Kernel::blocks(items[begin]);
       if (own == 0) {
         continue;
       }
@@ -80,9 +69,9 @@ cudaError_t launch_batches(
     batch.first_block[batch.count] = static_cast<int32_t>(blocks);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(launch.threads);
-    config.dynamicSmemBytes = launch.shared_bytes;
-    config.stream = launch.stream;
+    config.blockDim = dim3(Kernel::kBlock);
+    config.dynamicSmemBytes = Kernel::kShared;
+    config.stream = static_cast<cudaStream_t>(where.stream);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -93,8 +82,30 @@ cudaError_t launch_batches(
   return status;
 }
 
-inline const char* message_of(cudaError_t status) {
+// With the smallest parameter that holds all items; null, or an error message.
+template <typename Kernel, typename... Arguments>
+const char* launch(
+    Where where, const typename Kernel::Item* items, int64_t count, const Arguments&... arguments) {
+  const bool is_small = count <= Batch<typename Kernel::Item, kSmallParameter>::kCapacity;
+  const auto status = is_small
+      ? launch_batches<Kernel, kSmallParameter>(where, items, count, arguments...)
+      : launch_batches<Kernel, kLargeParameter>(where, items, count, arguments...);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+// body(a value of this type).
+template <typename Body>
+const char* with_type(Type type, const Body& body) {
+  switch (type) {
+    case Type::kFloat:
+      return body(float{});
+    case Type::kDouble:
+      return body(double{});
+    case Type::kBFloat16:
+      return body(__nv_bfloat16{});
+    default:
+      return body(__half{});
+  }
 }
 
 }  // namespace fastsn::cuda

@@ -1,30 +1,13 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "../ops.h"
 
-#include <optional>
-#include <vector>
-
-// The operators on the GPU, with the arguments of their schemas.
+// The operators on the GPU.
 namespace fastsn::cuda {
 
-at::Tensor power_(
-    at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
-    at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
-    bool zero_guard);
-
-at::Tensor estimate(
-    at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
-    at::IntArrayRef dims);
-
-std::vector<at::Tensor> scale(
-    at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
-    at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
-    std::optional<at::ScalarType> dtype);
-
-std::vector<at::Tensor> scale_backward(
-    at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
-    at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
-    bool zero_guard);
+decltype(fastsn::power_) power_;
+decltype(fastsn::estimate) estimate;
+decltype(fastsn::scale) scale;
+decltype(fastsn::scale_backward) scale_backward;
 
 }  // namespace fastsn::cuda

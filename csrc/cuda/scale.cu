@@ -1,5 +1,6 @@
-#include "kernels.h"
 #include "launch.cuh"
+
+#include <type_traits>
 
 // Phases C, D and E: the normalized weights, and their gradients.
 namespace fastsn::cuda {
@@ -208,67 +209,57 @@ Scaling<Acc> typed(const ScaleCall& call) {
       call.zero_guard};
 }
 
-struct ScaleKernel {
+template <typename T, typename Out>
+struct Scale {
   using Item = ScaleItem;
-  template <typename T, typename Other, int kBytes>
-  static constexpr auto kernel = scale_kernel<T, Other, kBytes>;
+  static constexpr int kBlock = kFlatThreads;
+  static constexpr int kShared = 0;
+  template <int kBytes>
+  static constexpr auto kernel = scale_kernel<T, Out, kBytes>;
   static int64_t blocks(const Item& item) { return ceil_div(item.numel, kFlatTile); }
 };
 
-struct ProductKernel {
+template <typename T, typename Grad>
+struct Product {
   using Item = BackwardItem;
-  template <typename T, typename Other, int kBytes>
-  static constexpr auto kernel = product_kernel<T, Other, kBytes>;
+  static constexpr int kBlock = kFlatThreads;
+  static constexpr int kShared = 0;
+  template <int kBytes>
+  static constexpr auto kernel = product_kernel<T, Grad, kBytes>;
   static int64_t blocks(const Item& item) { return item.products; }
 };
 
-struct GradientKernel {
+template <typename T, typename Grad>
+struct Gradient {
   using Item = BackwardItem;
-  template <typename T, typename Other, int kBytes>
-  static constexpr auto kernel = gradient_kernel<T, Other, kBytes>;
+  static constexpr int kBlock = kFlatThreads;
+  static constexpr int kShared = 0;
+  template <int kBytes>
+  static constexpr auto kernel = gradient_kernel<T, Grad, kBytes>;
   static int64_t blocks(const Item& item) { return ceil_div(item.numel, kFlatTile); }
 };
 
-template <typename Kernel, typename T, typename Other, int kBytes>
-cudaError_t run(
-    Where where, const typename Kernel::Item* items, int64_t count, const ScaleCall& call) {
-  const Launch launch{where.device, static_cast<cudaStream_t>(where.stream), kFlatThreads, 0};
-  return launch_batches<Kernel::template kernel<T, Other, kBytes>, kBytes>(
-      launch, items, count, Kernel::blocks, typed<Accumulate<T>>(call));
+// For the types that occur: a weight and the same, or an fp32 weight and what autocast asks for.
+template <template <typename, typename> typename Kernel, typename T, typename Item>
+const char* launch_other(
+    Where where, Type other, const Item* items, int64_t count, const ScaleCall& call) {
+  return with_type(other, [&](auto value) -> const char* {
+    using Other = decltype(value);
+    if constexpr (std::is_same_v<T, Other> || (std::is_same_v<T, float> && sizeof(Other) == 2)) {
+      return launch<Kernel<T, Other>>(where, items, count, typed<Accumulate<T>>(call));
+    } else {
+      return "no kernel for these two types";
+    }
+  });
 }
 
-// The types that occur: a weight and the same, or an fp32 weight and what autocast asks for.
-template <typename Kernel>
-const char* run_typed(
-    Where where, Type weights, Type other, const typename Kernel::Item* items, int64_t count,
+template <template <typename, typename> typename Kernel, typename Item>
+const char* launch_typed(
+    Where where, Type weights, Type other, const Item* items, int64_t count,
     const ScaleCall& call) {
-  const auto run_sized = [&](auto weight_value, auto other_value) {
-    using T = decltype(weight_value);
-    using Other = decltype(other_value);
-    return message_of(
-        (fits_small<typename Kernel::Item>(count)
-             ? run<Kernel, T, Other, kSmallParameter>
-             : run<Kernel, T, Other, kLargeParameter>)(where, items, count, call));
-  };
-  if (weights == other) {
-    switch (weights) {
-      case Type::kFloat:
-        return run_sized(float{}, float{});
-      case Type::kDouble:
-        return run_sized(double{}, double{});
-      case Type::kBFloat16:
-        return run_sized(__nv_bfloat16{}, __nv_bfloat16{});
-      case Type::kHalf:
-        return run_sized(__half{}, __half{});
-    }
-  }
-  if (weights == Type::kFloat && other == Type::kBFloat16) {
-    return run_sized(float{}, __nv_bfloat16{});
-  }
-  if (weights == Type::kFloat && other == Type::kHalf) {
-    return run_sized(float{}, __half{});
-  }
-  return "no kernel for these two types";
+  return with_type(weights, [&](auto value) {
+    return launch_other<Kernel, decltype(value)>(where, other, items, count, call);
+  });
 }
 
 }  // namespace
@@ -276,19 +267,19 @@ const char* run_typed(
 const char* scale(
     Where where, Type weights, Type out, const ScaleItem* items, int64_t count,
     const ScaleCall& call) {
-  return run_typed<ScaleKernel>(where, weights, out, items, count, call);
+  return launch_typed<Scale>(where, weights, out, items, count, call);
 }
 
 const char* product(
     Where where, Type weights, Type grads, const BackwardItem* items, int64_t count,
     const ScaleCall& call) {
-  return run_typed<ProductKernel>(where, weights, grads, items, count, call);
+  return launch_typed<Product>(where, weights, grads, items, count, call);
 }
 
 const char* gradient(
     Where where, Type weights, Type grads, const BackwardItem* items, int64_t count,
     const ScaleCall& call) {
-  return run_typed<GradientKernel>(where, weights, grads, items, count, call);
+  return launch_typed<Gradient>(where, weights, grads, items, count, call);
 }
 
 }  // namespace fastsn::cuda

@@ -1,0 +1,286 @@
+"""What calls of the CUDA back-end do besides their numbers, in the emulator: the memory that they
+touch, their launches, their failures, and the arguments that they refuse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import cuda_fixtures
+import emulated
+import pytest
+import test_ops
+import torch
+from calls import (
+    ALL_TYPES,
+    BAD,
+    Call,
+    assert_same,
+    each_order,
+    each_type,
+    gradients_for,
+    make_call,
+    random,
+)
+from cuda_fixtures import every_kind, permuted
+from test_ops import check
+from torch import Tensor
+
+from fastsn import reference
+
+# Of every test here.
+cuda, tested = cuda_fixtures.cuda, cuda_fixtures.tested
+poisoned_memory = test_ops.poisoned_memory
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+# What the operators do to memory
+
+
+@contextmanager
+def guarded_memory(cuda):
+    """New memory lies between zones that nobody may write."""
+    assert cuda.guard(True) == 0
+    broken = 0
+    try:
+        yield
+    finally:
+        broken = cuda.guard(False)
+    assert broken == 0, f"{broken} tensors have a write outside of their memory"
+
+
+def test_guard_sees_a_write_outside(cuda):
+    def write(place: int, count: int) -> None:
+        with guarded_memory(cuda):
+            x = torch.empty(3)
+            ctypes.memset(x.data_ptr() + place, 0, count)
+            del x
+
+    write(0, 12)
+    for place in (-1, 12):
+        with pytest.raises(AssertionError, match="1 tensors have a write outside"):
+            write(place, 1)
+
+
+def within(x: Tensor) -> Tensor:
+    """A copy in the middle of larger memory, with the same strides and alignment."""
+    memory = torch.full((x.numel() + 2 * 64,), torch.nan, dtype=x.dtype)
+    return memory.as_strided(x.shape, x.stride(), 64).copy_(x)
+
+
+@each_order
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["narrow", "double"])
+def test_nothing_else_is_read_or_written(v_first, dtype, cuda):
+    """Outside of weights, u, v and gradients is NaN; results and workspaces are in guarded
+    memory."""
+    call = every_kind(v_first)
+    call = call.copy(dtype) if dtype else call
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    inputs = {
+        name: [within(x) for x in given]
+        for name, given in {"weights": call.weights, "u": call.u, "v": call.v}.items()
+    }
+    inside = replace(call, **inputs)
+    inner_grads = [within(g) for g in grads]
+    with guarded_memory(cuda):
+        snapshot = inside.power(cuda)
+        normalized = inside.scale(snapshot, cuda)
+        gradients = inside.scale_backward(inner_grads, snapshot, cuda)
+        results = [x.clone() for x in (*normalized, *gradients)]
+        del snapshot, normalized, gradients
+        assert all(map(torch.equal, results, [*expected.normalized, *expected.gradients]))
+        del results
+    for x in [*inside.weights, *inside.u, *inside.v, *inner_grads]:
+        around = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        assert around[:64].isnan().all() and around[-64:].isnan().all()
+    constant = [
+        *zip(inside.weights, call.weights, strict=True),
+        *zip(inner_grads, grads, strict=True),
+    ]
+    assert all(torch.equal(now, before) for now, before in constant)
+
+
+test_results_have_the_strides_of_a_quotient = test_ops.test_results_have_the_strides_of_a_quotient
+
+
+def test_vectors_stay_without_iterations(cuda):
+    call = make_call([random(9, 70), random(7, 3)], iterations=[0, 1])
+    live = call.copy()
+    snapshot = live.power(cuda)
+    assert torch.equal(live.u[0], call.u[0]) and torch.equal(live.v[0], call.v[0])
+    assert not torch.equal(live.u[1], call.u[1])
+    assert torch.equal(snapshot[:79], torch.cat([call.u[0], call.v[0]]))
+    before = live.copy()
+    live.estimate(cuda)
+    assert all(map(torch.equal, live.u + live.v, before.u + before.v))
+
+
+# Launches
+
+
+def launches(function, *arguments) -> int:
+    before = emulated.launch_count()
+    function(*arguments)
+    return emulated.launch_count() - before
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 23, 100])
+@pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+def test_launches_of_a_call(layers, norm, cuda):
+    if norm == "bidirectional":
+        layers = -(-layers // 2)
+    call = make_call([random(3 + k % 4, 5 + k % 3) for k in range(layers)], norm=norm)
+    snapshot = call.estimate(cuda)
+    assert launches(call.power, cuda) == 2
+    assert launches(call.scale, snapshot, cuda) == 1
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 2
+
+
+@each_type
+def test_launches_do_not_depend_on_sizes_and_strides(dtype, cuda):
+    weights = [random(300, 512), random(9, 6, 3, 3), random(3, 17_000), random(3, 9, 600)]
+    weights.append(permuted((5, 6, 3, 4), (2, 0, 3, 1)))
+    call = make_call([w.to(dtype) for w in weights], [0, 1, 0, 1, 2])
+    snapshot = call.estimate(cuda)
+    assert launches(call.power, cuda) == 2
+    assert launches(call.scale, snapshot, cuda) == 1
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 2
+
+
+def test_launches_of_rounds_and_types(cuda):
+    call = make_call([random(4, 3, dtype=dtype) for dtype in ALL_TYPES[1:]], iterations=[1, 3, 0])
+    # All three types, then twice one of them; and what they have in common.
+    assert launches(call.power, cuda) == (3 + 1) + 2 * (1 + 1)
+    snapshot = call.estimate(cuda)
+    assert launches(call.scale, snapshot, cuda) == 3
+    assert launches(call.scale_backward, call.weights, snapshot, cuda) == 6
+
+
+def test_many_layers_take_several_launches(cuda):
+    call = make_call([random(3, 5) for _ in range(700)])
+    snapshot = call.estimate(cuda)
+    assert 2 < launches(call.power, cuda) < 20
+    assert 1 < launches(call.scale, snapshot, cuda) < 20
+    assert 2 < launches(call.scale_backward, call.weights, snapshot, cuda) < 20
+    check(call)
+
+
+# Failures
+
+OUT_OF_MEMORY = 2
+
+
+@pytest.mark.parametrize("phase", ["multiply", "scale", "product"])
+def test_failed_launch(phase, cuda):
+    call = make_call([random(4, 3), random(2, 5)], iterations=[1, 2])
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    snapshot = call.estimate(cuda)
+    before = call.copy()
+    run = {
+        "multiply": lambda: call.power(cuda),
+        "scale": lambda: call.scale(snapshot, cuda),
+        "product": lambda: call.scale_backward(grads, snapshot, cuda),
+    }[phase]
+    emulated.fail_next_launch(OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match=f"fastsn: CUDA kernel '{phase}' .*: out of memory"):
+        run()
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+    assert_same(call.run(grads, cuda), expected)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """A copy one byte off, which no kernel can access."""
+    memory = bytearray(x.nbytes + 1)
+    copy = torch.frombuffer(memory, dtype=x.dtype, offset=1)
+    assert copy.data_ptr() % 2 == 1 and copy.numel() == x.numel()
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("phase", ["finish", "scale", "gradient"])
+def test_failure_within_a_kernel(phase, cuda):
+    """The phases behind the first one have an input that the first does not read."""
+    call = make_call([random(4, 3), random(2, 5)])
+    grads = gradients_for(call)
+    expected = call.run(grads, cuda)
+    snapshot = call.estimate(cuda)
+    run = {
+        "finish": lambda: replace(call, u=[misaligned(x) for x in call.u]).power(cuda),
+        "scale": lambda: call.scale(misaligned(snapshot), cuda),
+        "gradient": lambda: call.scale_backward(grads, misaligned(snapshot), cuda),
+    }[phase]
+    with pytest.raises(
+        RuntimeError, match=f"fastsn: CUDA kernel '{phase}' .*: .*misaligned access"
+    ):
+        run()
+    assert_same(call.run(grads, cuda), expected)
+
+
+def test_failure_of_a_part_of_a_call_leaves_the_vectors(cuda):
+    """Weights of several types have kernels of their own, and none is finished before all are."""
+    call = make_call([random(4, 3, dtype=dtype) for dtype in ALL_TYPES[1:]])
+    call.weights[2] = misaligned(call.weights[2].flatten()).view(4, 3)
+    before = call.copy()
+    with pytest.raises(RuntimeError, match="fastsn: CUDA kernel 'multiply' .*misaligned access"):
+        call.power(cuda)
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_of_power(changes, message, cuda):
+    call = make_call([random(4, 3), random(2, 5)])
+    before = call.copy()
+    for function in (Call.power, Call.estimate):
+        if function is Call.estimate and "iterations" in changes:
+            continue
+        with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+            function(replace(call, **changes), cuda)
+    for a, b in zip(before.u + before.v, call.u + call.v, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_arguments_of_scale(cuda):
+    call = make_call([random(4, 3), random(2, 5)])
+    snapshot = call.power(cuda)
+    for bad in (snapshot[:-1], snapshot.double(), torch.stack([snapshot, snapshot], 1)[:, 0]):
+        for run in (
+            Call.scale,
+            lambda *args: Call.scale_backward(args[0], call.weights, *args[1:]),
+        ):
+            with pytest.raises(RuntimeError, match="contiguous Float snapshot of 16 elements on "):
+                run(call, bad, cuda)
+    with pytest.raises(RuntimeError, match="expected 2 scales, got 1"):
+        replace(call, scales=[1.0]).scale(snapshot, cuda)
+    for bad in ([random(4, 3)], [random(4, 3), random(5, 2)], [random(4, 3), random(2, 5).int()]):
+        with pytest.raises(RuntimeError, match="expected (2 gradients|a floating .* of shape)"):
+            call.scale_backward(bad, snapshot, cuda)
+
+
+def test_too_many_permuted_dimensions(cuda):
+    weight = permuted((2, 3, 2, 3, 2, 3), (5, 4, 3, 2, 1, 0))
+    call = make_call([random(4, 3), weight])
+    before = call.copy()
+    message = "at most 4 permuted runs, got 5; call .contiguous() on it"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call.power(cuda)
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+    check(replace(call, weights=[call.weights[0], weight.contiguous()]))
+
+
+def test_more_than_two_estimates(cuda):
+    weight = random(3, 4, 5)
+    call = make_call([weight] * 3, dims=[0, 1, 2])
+    call = replace(call, weights=[weight], layers=[0, 0, 0], iterations=[1], scales=[1.0])
+    peer = call.copy()
+    snapshot, expected = call.power(cuda), peer.power(reference)
+    torch.testing.assert_close(snapshot, expected)
+    torch.testing.assert_close(call.scale(snapshot, cuda), peer.scale(expected, reference))
+    with pytest.raises(RuntimeError, match="may have up to 2 estimates, got 3"):
+        call.scale_backward([weight], snapshot, cuda)
