@@ -5,6 +5,7 @@
 # PYTHON=python3   the interpreter, or the one that the virtual environment is made with
 # TORCH=...        what pip installs first, and then keeps. A build for CPUs is enough: where pip's
 #                  index has a larger one, name an index of such builds in PIP_INDEX_URL
+# ARGS=            options of study-msn: --quick, --cifar10 FOLDER, --lr 0.1 and others (--help)
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,6 +13,7 @@ TORCH ?= torch==2.13.0
 
 BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
 SOURCES := $(shell find csrc -mindepth 1)
+BENCHMARKS := benchmarks/bench_weights.py benchmarks/bench_training.py
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/* tests/emulator/*/*))
 BUILT := build/.built
 CONFIG := build/.config
@@ -25,7 +27,7 @@ TOOLS := $(VENV)/.tools
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-quick gpu build clean FORCE
+.PHONY: help demo test lint format bench bench-msn bench-quick study-msn gpu build clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -47,13 +49,20 @@ format: $(BUILT) ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff format
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
-bench: $(BUILT) ## all benchmarks, their table, CSV files and chart (benchmarks/results/)
-	$(PY) -m pytest benchmarks --benchmark-quiet --benchmark-json=build/bench.json
+bench: $(BUILT) ## benchmarks of spectral norm: table, CSV files and chart (benchmarks/results/)
+	$(PY) -m pytest $(BENCHMARKS) --benchmark-quiet --benchmark-json=build/bench.json
 	$(PY) -m benchmarks.report build/bench.json
 
-bench-quick: $(BUILT) ## the same on tiny networks, as a proof that it runs (build/bench-quick/)
+bench-msn: $(BUILT) ## the same of networks with MSN, batch norm or neither
+	$(PY) -m pytest benchmarks/bench_msn.py --benchmark-quiet --benchmark-json=build/bench-msn.json
+	$(PY) -m benchmarks.report build/bench-msn.json
+
+bench-quick: $(BUILT) ## both on tiny networks, as a proof that they run (build/bench-quick/)
 	$(PY) -m pytest benchmarks --quick --benchmark-quiet --benchmark-json=build/bench-quick.json
 	$(PY) -m benchmarks.report build/bench-quick.json --out build/bench-quick
+
+study-msn: $(BUILT) ## train small classifiers with MSN, batch norm, SN and neither (benchmarks/results/)
+	$(PY) -m benchmarks.msn_study $(ARGS)
 
 # Of the interpreter PYTHON alone, in the environment that it belongs to: as with VENV=.
 gpu: ## build, GPU tests, compute-sanitizer and GPU benchmarks; needs a GPU (OUT=folder)

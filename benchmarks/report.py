@@ -1,8 +1,9 @@
 """From the JSON of a benchmark run: a table in the terminal, CSV files and a chart.
 
-``python -m benchmarks.report run.json`` writes ``weights.csv``, ``training.csv`` and ``chart.png``
-into ``benchmarks/results/cpu-<cores>-threads``, or where ``--out`` says. ``--markdown`` prints the
-short tables of the README instead of the long ones.
+``python -m benchmarks.report run.json`` writes what was measured into
+``benchmarks/results/cpu-<cores>-threads``, or where ``--out`` says: ``weights.csv``,
+``training.csv`` and ``chart.png``, ``msn.csv`` and ``msn.png``. ``--markdown`` prints the short
+tables of the README instead of the long ones.
 """
 
 from __future__ import annotations
@@ -11,27 +12,17 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-Row = dict[str, Any]
+from benchmarks.charts import CHARTS, Row, draw_chart
 
-COLORS = {
-    "torch": "dimgray",
-    "torch hook": "darkgray",
-    "torch.compile": "tab:orange",
-    "fastsn ungrouped": "lightskyblue",
-    "fastsn": "tab:blue",
-    "copy": "tab:green",
-}
+PARAMETERS = "trainable parameters"
 
 
 def provenance(run: Row) -> Row:
@@ -135,15 +126,53 @@ def training_rows(contest: dict[str, Row]) -> list[Row]:
     return rows
 
 
+def ratios(over: Row, under: Row) -> list[float]:
+    """Of the samples of two variants, round by round."""
+    return [a / b for a, b in zip(over["samples"], under["samples"], strict=True)]
+
+
+def msn_rows(contest: dict[str, Row]) -> list[Row]:
+    """Times of ``bench_msn.py``, and their ratios to batch norm and to bare convolutions.
+
+    The ratios are taken between steps of the same round, then their percentiles over the rounds.
+    """
+    rows = []
+    for variant, record in contest.items():
+        p20, p50, p80 = percentiles(record["samples"])
+        faster = ratios(contest["bn"], record)
+        times20, times50, times80 = percentiles(ratios(record, contest["none"]))
+        rows.append(
+            {
+                "network": record["network"],
+                "mode": record["mode"],
+                "threads": record["threads"],
+                "variant": variant,
+                "parameters": record["parameters"],
+                "rounds": len(record["samples"]),
+                "p20_ms": 1e3 * p20,
+                "p50_ms": 1e3 * p50,
+                "p80_ms": 1e3 * p80,
+                "faster_than_bn": statistics.median(faster),
+                "times_bare_p20": times20,
+                "times_bare_p50": times50,
+                "times_bare_p80": times80,
+                "error": record["error"],
+            }
+        )
+    return rows
+
+
 def tables(run: Row) -> dict[str, list[Row]]:
-    """The rows of each table of the report: "weights" and "training", whichever were measured."""
-    weights, training = [], []
+    """The rows of each table of the report: those of "weights", "training", "msn" measured."""
+    found: dict[str, list[Row]] = {"weights": [], "training": [], "msn": []}
     for contest in contests(run):
         if "copy" in contest:
-            weights += weight_rows(contest)
+            found["weights"] += weight_rows(contest)
+        elif "bn" in contest:
+            found["msn"] += msn_rows(contest)
         else:
-            training += training_rows(contest)
-    return {name: rows for name, rows in (("weights", weights), ("training", training)) if rows}
+            found["training"] += training_rows(contest)
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def shown(value: object) -> str:
@@ -186,80 +215,39 @@ def training_cell(row: Row) -> str:
     return f"{row['p50_ms']:.0f} ms ({row['overhead_p50_ms']:+.1f} ms)"
 
 
+def msn_cell(row: Row) -> str:
+    if row["mode"] == PARAMETERS:
+        return str(row["parameters"])
+    return f"{row['p50_ms']:.3g} ms ({row['faster_than_bn']:.2f}x, {row['times_bare_p50']:.2f})"
+
+
 #: Of each table: what a cell of its short form shows, in words and as text.
 CELLS = {
     "weights": ("median time (times faster than torch's parametrization)", weights_cell),
     "training": ("median time (overhead over no normalization)", training_cell),
+    "msn": ("median time (times faster than bn, multiple of none's time)", msn_cell),
 }
+
+
+def with_parameters(rows: Sequence[Row]) -> list[Row]:
+    """The rows, and before those of each network its numbers of trainable parameters."""
+    result = []
+    for _, network in groupby(rows, lambda row: row["network"]):
+        contests = list(network)
+        counts = {row["variant"]: row | {"mode": PARAMETERS, "threads": ""} for row in contests}
+        result += [*counts.values(), *contests]
+    return result
 
 
 def markdown(rows: Sequence[Row], legend: str, cell: Callable[[Row], str]) -> str:
     """The short form of a table: a line for each contest, a column for each variant."""
-    contests = [list(group) for _, group in groupby(rows, contest_of)]
-    head = ["network", "mode", "threads", *(row["variant"] for row in contests[0])]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    head = ["network", "mode", "threads", *variants]
     lines = [head, ["---"] * len(head)]
-    lines += [[*map(str, contest_of(group[0])), *map(cell, group)] for group in contests]
+    for contest, group in groupby(rows, contest_of):
+        cells = {row["variant"]: cell(row) for row in group}
+        lines.append([*map(str, contest), *(cells.get(variant, "") for variant in variants)])
     return "\n".join([f"Each cell: {legend}.", "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def draw_weights(axes: Axes, rows: Sequence[Row]) -> None:
-    """Bars that rise above 1x where faster than torch's parametrization, on a log scale."""
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    variants = [variant for variant in COLORS if variant != "torch"]
-    width = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        bars = [row for row in rows if row["variant"] == variant]
-        places = [networks.index(row["network"]) + width * (i + 0.5) - 0.4 for row in bars]
-        speeds = [row["faster_than_torch"] for row in bars]
-        heights = [speed - 1 for speed in speeds]
-        drawn = axes.bar(places, heights, width, bottom=1, color=COLORS[variant], label=variant)
-        axes.bar_label(drawn, [f"{speed:.2g}" for speed in speeds], fontsize=7)
-    axes.axhline(1, color=COLORS["torch"], linewidth=1)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}x")
-    axes.set_xticks(range(len(networks)), networks, fontsize=8)
-    axes.margins(y=0.15)
-
-
-def draw_training(axes: Axes, rows: Sequence[Row]) -> None:
-    """Bars of the overhead over no normalization; whiskers from its 20th to its 80th percentile."""
-    normalized = [row for row in rows if row["variant"] != "none"]
-    for place, row in enumerate(normalized):
-        p20, p50, p80 = (row[f"overhead_{percentile}_ms"] for percentile in ("p20", "p50", "p80"))
-        axes.bar(place, p50, 0.3, color=COLORS[row["variant"]])
-        axes.errorbar(place, p50, yerr=[[p50 - p20], [p80 - p50]], color="black", capsize=4)
-        axes.annotate(f"{p50:.1f} ms", (place + 0.17, p50), va="center", fontsize=8)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set_xticks(range(len(normalized)), [row["variant"] for row in normalized])
-    axes.set_xlim(-1, len(normalized))
-
-
-def draw_chart(path: Path, tables: Mapping[str, Sequence[Row]], origin: Row) -> None:
-    """A panel for each mode (rows) and number of threads (columns)."""
-    draw = {
-        "weights": (draw_weights, "times faster than torch"),
-        "training": (draw_training, "overhead over none (ms)"),
-    }
-    modes = [
-        (mode, rows, *draw[name])
-        for name, rows in tables.items()
-        for mode in dict.fromkeys(row["mode"] for row in rows)
-    ]
-    threads = sorted({row["threads"] for rows in tables.values() for row in rows})
-    size = (7 * len(threads), 2.8 * len(modes) + 1)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(modes), len(threads), squeeze=False, sharey="row")
-    for i, (mode, rows, draw_panel, label) in enumerate(modes):
-        for j, count in enumerate(threads):
-            axes = panels[i, j]
-            draw_panel(axes, [r for r in rows if (r["mode"], r["threads"]) == (mode, count)])
-            axes.set_title(f"{mode}, threads: {count}", fontsize=10)
-        panels[i, 0].set_ylabel(label)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    title = "Computing all normalized weights of a network: speed over torch's parametrization (1x)"
-    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=len(COLORS))
-    figure.supxlabel(caption(origin), fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -276,12 +264,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = tables(run)
     for name, rows in measured.items():
         write_csv(out / f"{name}.csv", rows, origin)
-    draw_chart(out / "chart.png", measured, origin)
+    for file, chart in CHARTS.items():
+        shown_there = {name: rows for name, rows in measured.items() if name in chart.tables}
+        if shown_there:
+            draw_chart(out / file, chart, shown_there, caption(origin))
 
-    console = Console(width=120)
+    console = Console(width=140)
     for name, rows in measured.items():
         if options.markdown:
-            print(markdown(rows, *CELLS[name]), end="\n\n")
+            short = with_parameters(rows) if name == "msn" else rows
+            print(markdown(short, *CELLS[name]), end="\n\n")
         else:
             print_tables(console, rows)
     print(caption(origin))

@@ -47,4 +47,29 @@ std::vector<at::Tensor> scale_backward(
   return op.call(grads, weights, snapshot, layers, dims, scales, bound, zero_guard);
 }
 
+at::Tensor patch_mean(
+    const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, c10::SymIntArrayRef output_size,
+    bool transposed, bool average) {
+  static const auto op = find<decltype(patch_mean)>("fastsn::patch_mean");
+  return op.call(input, kernel_size, stride, padding, dilation, output_size, transposed, average);
+}
+
+at::Tensor patch_mean_backward(
+    const at::Tensor& grad, c10::SymIntArrayRef input_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, c10::SymIntArrayRef output_size,
+    bool transposed, bool average, at::ScalarType dtype, bool channels_last) {
+  static const auto op = find<decltype(patch_mean_backward)>("fastsn::patch_mean_backward");
+  return op.call(
+      grad, input_size, stride, padding, dilation, output_size, transposed, average, dtype,
+      channels_last);
+}
+
+std::tuple<at::Tensor, at::Tensor> mean_bias(
+    const at::Tensor& weight, const at::Tensor& patches, const std::optional<at::Tensor>& gain,
+    const std::optional<at::Tensor>& beta, int64_t groups, bool transposed) {
+  static const auto op = find<decltype(mean_bias)>("fastsn::mean_bias");
+  return op.call(weight, patches, gain, beta, groups, transposed);
+}
+
 }  // namespace fastsn

@@ -22,6 +22,27 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "scale_backward(Tensor[] grads, Tensor[] weights, Tensor snapshot, int[] layers, "
       "int[] dims, float[] scales, bool bound, bool zero_guard) -> Tensor[]");
+
+  // The batch mean of a convolution's output out of its input. input (N, C, *size) is what a
+  // convolution with this kernel_size, stride, padding (in front of each dimension), dilation and
+  // output_size reads (`transposed`: a transposed convolution). The result (C, *kernel_size), fp32
+  // or wider, holds for each channel and tap the sum over the batch and the output positions of
+  // what the tap is multiplied with, divided by N * prod(output_size) if `average`. All lists have
+  // one entry per spatial dimension; empty ones make it the mean of (N, C) over N.
+  m.def(
+      "patch_mean(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "SymInt[] output_size, bool transposed, bool average) -> Tensor");
+  // Its gradient with respect to any one sample of an input of this size, type and memory format,
+  // of shape (C, *size); all samples have the same.
+  m.def(
+      "patch_mean_backward(Tensor grad, SymInt[] input_size, int[] stride, int[] padding, "
+      "int[] dilation, SymInt[] output_size, bool transposed, bool average, ScalarType dtype, "
+      "bool channels_last) -> Tensor");
+  // mean (C_out,), fp32 or wider, of the convolution of this weight over patches (C_in, *kernel),
+  // without gradient; and the bias beta - gain * mean that takes it away, in the weight's type.
+  m.def(
+      "mean_bias(Tensor weight, Tensor patches, Tensor? gain, Tensor? beta, int groups, "
+      "bool transposed) -> (Tensor bias, Tensor mean)");
 }
 
 }  // namespace fastsn

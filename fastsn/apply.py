@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastsn import autocast, biggan, functional, hooks, parametrizations
+from fastsn import autocast, biggan, hooks, parametrizations
 from fastsn.grouping import accelerate
+from fastsn.means import Group
+from fastsn.nn import in_place
+from fastsn.nn.mean_only import check_momentum
+from fastsn.report import Report
 
 __all__ = ["Report", "apply"]
 
 
-@dataclass
-class Report:
-    """What :func:`apply` did: names of weights touched, and of modules skipped with the reason."""
-
-    method: str
-    touched: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.method} applied to {len(self.touched)} weights, {len(self.skipped)} skipped"
-        ]
-        lines += [f"  + {name}" for name in self.touched]
-        lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-
-_METHODS = {"sn": "matrix", "bsn": "bidirectional"}
+_METHODS = {"sn": "matrix", "bsn": "bidirectional", "msn": "matrix"}
 _LAYERS = (*autocast.LAYERS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
 
@@ -80,6 +67,9 @@ def apply(
     scale: float = 1.0,
     bound: bool = False,
     zero_guard: bool = False,
+    momentum: float | None = 0.1,
+    gain: bool = False,
+    process_group: Group = None,
 ) -> Report:
     """Normalizes every layer of a plain model, and accelerates it.
 
@@ -88,12 +78,16 @@ def apply(
     get vectors of their own each. For BSN the weight (out, in1, in2) of a bilinear layer counts as
     that of a convolution with in1 inputs.
 
+    With ``"msn"`` convolution and linear layers become ``fastsn.nn.MSN...`` layers, in place; their
+    bias remains. Batch norms are not touched: see :func:`fastsn.nn.convert_batchnorm`.
+
     Args:
         model: changed in place.
-        method: ``"sn"`` or ``"bsn"``; with ``scale``: SSN, BSSN.
+        method: ``"sn"``, ``"bsn"`` or ``"msn"``; with ``scale``: SSN, BSSN.
         filter: which layers; called with the module's name and the module.
         n_power_iterations, eps, scale, bound, zero_guard: see
             :func:`fastsn.parametrizations.spectral_norm`.
+        momentum, gain, process_group: of MSN layers, see :class:`fastsn.nn.MSNConv2d`.
 
     Returns:
         A :class:`Report` of what was touched, and of what was skipped and why; print it.
@@ -108,15 +102,22 @@ def apply(
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
-    functional.check_method(_METHODS[method], scale, bound, zero_guard)
-    if n_power_iterations <= 0:
+    is_msn = method == "msn"
+    norm: dict[str, Any] = {
+        "n_power_iterations": n_power_iterations, "eps": eps, "norm": _METHODS[method],
+        "scale": scale, "bound": bound, "zero_guard": zero_guard,
+    }  # fmt: skip
+    in_place.check(**norm)
+    check_momentum(momentum)
+    if not is_msn and (momentum, gain, process_group) != (0.1, False, None):
         raise ValueError(
-            f"Expected n_power_iterations to be positive, but got {n_power_iterations=}"
+            "momentum, gain and process_group are for method 'msn', got "
+            f"{momentum=}, {gain=}, {process_group=} with method {method!r}"
         )
     report = Report(method)
     chosen = []
     for name, module in _candidates(model):
-        reason = _why_not(module)
+        reason = in_place.why_not(module) if is_msn else _why_not(module)
         if reason is None and filter is not None and not filter(name, module):
             reason = "the filter left it out"
         if reason is None:
@@ -124,15 +125,10 @@ def apply(
         else:
             report.skipped[name] = reason
     for name, module in chosen:
-        parametrizations.spectral_norm(
-            module,
-            n_power_iterations=n_power_iterations,
-            eps=eps,
-            norm=_METHODS[method],
-            scale=scale,
-            bound=bound,
-            zero_guard=zero_guard,
-        )
+        if is_msn:
+            in_place.to_msn(module, norm, momentum=momentum, gain=gain, process_group=process_group)
+        else:
+            parametrizations.spectral_norm(module, **norm)
         report.touched.append(f"{name}.weight" if name else "weight")
     accelerate(model)
     return report

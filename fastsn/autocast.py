@@ -30,11 +30,15 @@ def current(device: torch.device) -> torch.dtype | None:
 def casts(module: nn.Module, name: str) -> bool:
     """Whether autocast casts this weight in the module's forward, and nobody else reads it there.
 
-    A class that overrides a part of torch's forward may do anything with its weight.
+    A class that overrides a part of torch's forward may do anything with its weight, unless the
+    class that has the forward says ``casts_weight``.
     """
     if name != "weight":
         return False
     own = type(module)
+    definer = next((cls for cls in own.__mro__ if "forward" in cls.__dict__), own)
+    if definer.__dict__.get("casts_weight"):
+        return True
     return any(
         issubclass(own, layer)
         and own.forward is layer.forward

@@ -106,7 +106,7 @@ class _TritonKernels:
         with warnings.catch_warnings():
             # That a compiled kernel is overridden: it is meant to be.
             warnings.simplefilter("ignore")
-            for name in ("power_", "estimate", "scale", "scale_backward"):
+            for name in triton_kernels.OPERATORS:
                 for key in keys:
                     self.library.impl(name, _triton_kernel(name), key, allow_override=True)
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fastsn import biggan, grouping, hooks, parametrizations
 from fastsn.layers import take_over
+from fastsn.nn.msn import MeanNormalized
 
 T_module = TypeVar("T_module", bound=nn.Module)
 
@@ -20,14 +21,24 @@ def fold(model: T_module) -> T_module:
 
     The weights are those of eval mode, each a parameter of its own, also where layers shared one.
     No power iteration, no division, no u and v are left in the graph or in checkpoints. fastsn's
-    layers become those of ``torch.nn``; layers with torch's spectral norm are folded as well; a
-    weight with further parametrizations keeps their result. The model itself stays as it is.
+    layers become those of ``torch.nn``, running mean and gain of MSN layers a part of their weight
+    and bias; layers with torch's spectral norm are folded as well; a weight with further
+    parametrizations keeps their result. The model itself stays as it is.
+
+    Raises:
+        ValueError: an MSN layer without running mean, whose eval mode depends on the batch.
 
     Example::
 
         >>> plain = fastsn.fold(model).eval()
         >>> torch.export.export(plain, (x,))
     """
+    for name, module in model.named_modules():
+        if isinstance(module, MeanNormalized) and module.running_mean is None:
+            raise ValueError(
+                f"expected layers with track_running_stats=True, got {name or 'a layer'} without: "
+                "there is no mean to fold"
+            )
     folded = copy.deepcopy(model)
     take_over(folded)
     for module in folded.modules():
@@ -64,6 +75,8 @@ def _fold_parametrized(module: Any) -> None:
             setattr(module, name, value)
     # A subclass of one of fastsn's layers is somebody else's and stays.
     if not parametrize.is_parametrized(module) and "plain" in type(module).__dict__:
+        if isinstance(module, MeanNormalized):
+            module.fold_mean()
         module.__class__ = type(module).__dict__["plain"]
 
 

@@ -16,12 +16,25 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps fastsn"
     ) from error
 
-__all__ = ["_C", "estimate", "normalize", "power_", "scale", "scale_backward"]
+__all__ = [
+    "_C",
+    "estimate",
+    "mean_bias",
+    "normalize",
+    "patch_mean",
+    "patch_mean_backward",
+    "power_",
+    "scale",
+    "scale_backward",
+]
 
 power_ = torch.ops.fastsn.power_.default
 estimate = torch.ops.fastsn.estimate.default
 scale = torch.ops.fastsn.scale.default
 scale_backward = torch.ops.fastsn.scale_backward.default
+patch_mean = torch.ops.fastsn.patch_mean.default
+patch_mean_backward = torch.ops.fastsn.patch_mean_backward.default
+mean_bias = torch.ops.fastsn.mean_bias.default
 normalize = _C.normalize
 
 
@@ -56,3 +69,27 @@ def _(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype=None):  
 @torch.library.register_fake("fastsn::scale_backward")
 def _(grads, weights, snapshot, layers, dims, scales, bound, zero_guard):  # type: ignore[no-untyped-def]
     return _results_like(weights)
+
+
+@torch.library.register_fake("fastsn::patch_mean")
+def _(input, kernel_size, stride, padding, dilation, output_size, transposed, average):  # type: ignore[no-untyped-def]
+    wide = torch.promote_types(input.dtype, torch.float32)
+    return input.new_empty((input.shape[1], *kernel_size), dtype=wide)
+
+
+@torch.library.register_fake("fastsn::patch_mean_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad, input_size, stride, padding, dilation, output_size, transposed, average, dtype,
+    channels_last,
+):  # fmt: skip
+    _, channels, *size = input_size
+    if channels_last:
+        return grad.new_empty((*size, channels), dtype=dtype).movedim(-1, 0)
+    return grad.new_empty((channels, *size), dtype=dtype)
+
+
+@torch.library.register_fake("fastsn::mean_bias")
+def _(weight, patches, gain, beta, groups, transposed):  # type: ignore[no-untyped-def]
+    out = weight.shape[1] * groups if transposed else weight.shape[0]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(out), weight.new_empty(out, dtype=wide)

@@ -142,6 +142,11 @@ class _SpectralNorm(_TorchSpectralNorm):
             weights, [u], [v], [0], [dim], [iterations], self.eps, v_first, self.method.zero_guard
         )
 
+    @torch.no_grad()
+    def adapt(self, weight: Tensor) -> None:
+        """Iterates u and v for a new weight, as often as at registration."""
+        functional.iterate(self.call(weight.shape), [weight], *self.vectors(), [_WARM_UP])
+
     def extra_repr(self) -> str:
         shown = {"dim": self.dim, "eps": self.eps}
         if hasattr(self, "n_power_iterations"):

@@ -15,6 +15,7 @@ holds what :func:`scale` needs, so that u and v may move on before the backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -214,3 +215,94 @@ def scale_backward(
             change = torch.where(sigma == 0, s * g, change)
         result.append(change.to(weight.dtype))
     return result
+
+
+def _meets(size: int, axis: Sequence[int], transposed: bool) -> Tensor:
+    """(kernel_size, size): 1 where a tap of the kernel meets a position of the input."""
+    kernel_size, stride, padding, dilation, output_size = axis
+    tap = torch.arange(kernel_size).view(-1, 1, 1) * dilation - padding
+    inputs = torch.arange(size).view(1, -1, 1)
+    outputs = torch.arange(output_size).view(1, 1, -1)
+    if transposed:
+        return (inputs * stride + tap == outputs).sum(2)
+    return (outputs * stride + tap == inputs).sum(2)
+
+
+def patch_mean(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_size: Sequence[int],
+    transposed: bool,
+    average: bool,
+) -> Tensor:
+    """What each tap of a convolution is multiplied with, averaged over batch and output positions.
+
+    Input (N, C, *size); result (C, *kernel_size) in fp32 or wider. The mean over batch and
+    positions of the convolution with a weight W is then the sum over i and k of
+    ``W[o, i, k] * patch_mean[i, k]``, exactly, for every stride, padding (given as what stands in
+    front of each dimension), dilation and output size. Without ``average`` it is the sum.
+    """
+    wide = accumulate_type(input)
+    geometry = (kernel_size, stride, padding, dilation, output_size)
+    with full_precision(input):
+        result = input.to(wide).sum(0)
+        for size, *axis in zip(input.shape[2:], *geometry, strict=True):
+            meets = _meets(size, axis, transposed).to(result)
+            result = torch.tensordot(result, meets, ([1], [1]))
+        return result / (input.shape[0] * math.prod(output_size)) if average else result
+
+
+def patch_mean_backward(
+    grad: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_size: Sequence[int],
+    transposed: bool,
+    average: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of :func:`patch_mean` with respect to one sample, which all samples share.
+
+    Of shape (C, *size), in ``dtype``; with ``channels_last`` C lies innermost in memory.
+    """
+    count, _, *size = input_size
+    geometry = (grad.shape[1:], stride, padding, dilation, output_size)
+    with full_precision(grad):
+        result = grad / (count * math.prod(output_size)) if average else grad
+        for length, *axis in zip(size, *geometry, strict=True):
+            meets = _meets(length, axis, transposed).to(result)
+            result = torch.tensordot(result, meets, ([1], [0]))
+    result = result.to(dtype)
+    return result.movedim(0, -1).contiguous().movedim(-1, 0) if channels_last else result
+
+
+def mean_bias(
+    weight: Tensor,
+    patches: Tensor,
+    gain: Tensor | None,
+    beta: Tensor | None,
+    groups: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The bias ``beta - gain * mean`` that takes the mean of a convolution away, and that mean.
+
+    ``patches`` (C_in, *kernel_size) is :func:`patch_mean` of the convolution's input. The mean
+    (C_out,) is in fp32 or wider and has no gradient; the bias is in the weight's type.
+    """
+    wide = accumulate_type(weight)
+    with full_precision(weight):
+        split = weight.to(wide).unflatten(0, (groups, weight.shape[0] // groups))
+        if transposed:  # (groups, in, out, *kernel_size)
+            split = split.transpose(1, 2)
+        per_group = patches.to(wide).unflatten(0, (groups, patches.shape[0] // groups)).flatten(1)
+        mean = torch.einsum("gox,gx->go", split.flatten(2), per_group).flatten()
+        bias = -mean if gain is None else -mean * gain.to(wide)
+        if beta is not None:
+            bias = bias + beta.to(wide)
+    return bias.to(weight.dtype), mean.detach()

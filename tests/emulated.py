@@ -30,9 +30,12 @@ BUILDS = ROOT / "build" / "emulated"
 NAME = "fastsn_emulated"
 SOURCES = [
     TESTS / "emulator" / "module.cpp",
+    TESTS / "emulator" / "checks.cpp",
     TESTS / "emulator" / "controls.cpp",
     TESTS / "emulator" / "kernels.cpp",
+    ROOT / "csrc" / "cuda" / "means.cpp",
     ROOT / "csrc" / "cuda" / "ops.cpp",
+    ROOT / "csrc" / "cuda" / "patches.cpp",
     ROOT / "csrc" / "cuda" / "plan.cpp",
     ROOT / "csrc" / "estimates.cpp",
 ]

@@ -11,10 +11,12 @@ nothing fails.
 from __future__ import annotations
 
 import argparse
+from random import Random
 
 import torch
 from calls import ALL_TYPES, LAYOUTS, Call, Results, gradients_for, make_call, random
 from gpu_tensors import call_on_device, on_device
+from means_calls import make_channels_last, random_geometry
 from torch import Tensor
 
 import fastsn
@@ -79,6 +81,34 @@ def compare(call: Call, grads: list[Tensor], actual: Results) -> None:
                 assert error <= tolerance * size + 1e-6, f"{error=}, {size=}"
 
 
+def compare_means(device: str, count: int) -> None:
+    """The operators of MSN, for random convolutions of every type and memory format."""
+    rng = Random(0)
+    for i in range(count):
+        geometry, dtype = random_geometry(rng), ALL_TYPES[i % len(ALL_TYPES)]
+        wide = torch.promote_types(dtype, torch.float32)
+        x = random(*geometry.input_size, dtype=dtype)
+        x = make_channels_last(x) if i % 2 else x
+        patches = random(geometry.input_size[1], *geometry.kernel_size, dtype=wide)
+        weight = random(*geometry.weight_shape, dtype=dtype)
+        beta = random(geometry.out_channels, dtype=dtype)
+        calls = {
+            "patch_mean": geometry.mean_args(x),
+            "patch_mean_backward": geometry.backward_args(patches, dtype, bool(i % 2)),
+            "mean_bias": (weight, patches, beta, beta, geometry.groups, geometry.transposed),
+        }
+        for name, args in calls.items():
+            there = [on_device(a, device) if isinstance(a, Tensor) else a for a in args]
+            actual, expected = getattr(ops, name)(*there), getattr(reference, name)(*args)
+            if isinstance(expected, tuple):
+                actual, expected = actual[1], expected[1]
+            error, size = (actual.cpu().double() - expected.double()).norm(), expected.norm()
+            # Terms of the size 1 may cancel.
+            tolerance = 40 * torch.finfo(expected.dtype).eps * (size + args[0].numel() ** 0.5)
+            assert error <= tolerance, f"{name}, {geometry}: {error=}, {size=}"
+    print("ok: means", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -93,6 +123,7 @@ def main() -> None:
             actual = run_on(call, grads, options.device)
             compare(call, grads, actual)
             print(f"ok: {name}", flush=True)
+        compare_means(options.device, 40 if options.quick else 200)
     print("sanitize: all calls agree with the reference")
 
 

@@ -18,11 +18,16 @@ import fastsn
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 
-KERNELS = ("multiply", "finish", "scale", "product", "gradient")
+#: Those that take any number of items, as many as a parameter holds; and those that take one.
+MANY = ("multiply", "finish", "scale", "product", "gradient")
+ONE = ("patch_sums", "partial_sums", "patch_backward", "mean_bias")
+KERNELS = (*MANY, *ONE)
 TYPES = ("f", "d", "13__nv_bfloat16", "6__half")  # as the compiler writes them
 BYTES = dict(zip(TYPES, (4, 8, 2, 2), strict=True))
 #: Threads of a block, and what a multiprocessor has.
-THREADS = {"multiply": 512, "finish": 512, "scale": 256, "product": 256, "gradient": 256}
+THREADS = {name: 256 for name in KERNELS} | {"multiply": 512, "finish": 512, "mean_bias": 128}
+#: Blocks that a multiprocessor has at once, where that matters.
+BLOCKS = {"patch_sums": 3}
 REGISTERS, STATIC_SHARED = 64 * 1024, 48 * 1024
 
 
@@ -40,7 +45,7 @@ needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc, under CUDA_HOM
 
 @dataclass
 class Kernel:
-    """One that was compiled: its name, its types and how many bytes of items it takes."""
+    """One that was compiled: its name, its types and how many bytes of items it takes, if many."""
 
     name: str
     types: tuple[str, ...]
@@ -48,12 +53,12 @@ class Kernel:
 
     @classmethod
     def parse(cls, symbol: str) -> Kernel:
-        found = re.search(r"\d(\w+?)_kernelI(\w+?)Li(\d+)E", symbol)
+        found = re.search(r"\d([a-z_]+)_kernelI(\w+?)(?:Li(\d+)E)?EEv", symbol)
         assert found, symbol
         # A name that occurs for the second time is a reference to the first.
         types = tuple(re.findall(r"13__nv_bfloat16|6__half|[fd]|S\w*_", found[2]))
         types = tuple(types[0] if t.startswith("S") else t for t in types)
-        return cls(re.sub(r".*?([a-z]+)$", r"\1", found[1]), types, int(found[3]))
+        return cls(found[1], types, int(found[3] or 0))
 
 
 def expected_kernels() -> set[tuple[str, tuple[str, ...]]]:
@@ -61,7 +66,8 @@ def expected_kernels() -> set[tuple[str, tuple[str, ...]]]:
     pairs = [*((t, t) for t in TYPES), *(("f", t) for t in TYPES[2:])]
     return {
         *(("multiply", (t,)) for t in TYPES),
-        *(("finish", (t,)) for t in TYPES[:2]),
+        *itertools.product(("finish", "partial_sums"), ((t,) for t in TYPES[:2])),
+        *itertools.product(("patch_sums", "patch_backward", "mean_bias"), ((t,) for t in TYPES)),
         *itertools.product(("scale", "product", "gradient"), pairs),
     }
 
@@ -130,7 +136,12 @@ class TestKernels:
         wanted = expected_kernels()
         assert {(kernel.name, kernel.types) for kernel in own} == wanted
         # For few items, and for many.
-        assert len(own) == 2 * len(wanted) and len({k.item_bytes for k in own}) == 2
+        many = [kernel for kernel in own if kernel.name in MANY]
+        assert len(many) == 2 * sum(name in MANY for name, _ in wanted)
+        assert len({kernel.item_bytes for kernel in many}) == 2
+        ones = [kernel for kernel in own if kernel.name in ONE]
+        assert len(ones) == len(wanted) - len(many) // 2
+        assert not any(kernel.item_bytes for kernel in ones)
 
     @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
     @pytest.mark.parametrize("name", KERNELS)
@@ -138,7 +149,7 @@ class TestKernels:
         own = [r for r in compiled if (r.kernel.name, r.architecture) == (name, architecture)]
         assert own
         for report in own:
-            assert report.registers * THREADS[name] <= REGISTERS, report
+            assert report.registers * THREADS[name] * BLOCKS.get(name, 1) <= REGISTERS, report
             if "d" in report.kernel.types:
                 assert report.spills <= 16 and report.stack <= 16, report
             else:
@@ -176,7 +187,9 @@ class TestInstructions:
         assert found == expected_kernels()
 
     # Of a kernel's types, those of what it reads and of what it writes.
-    @pytest.mark.parametrize("name, read", [("multiply", 0), ("scale", 0), ("gradient", 1)])
+    @pytest.mark.parametrize(
+        "name, read", [("multiply", 0), ("scale", 0), ("gradient", 1), ("patch_sums", 0)]
+    )
     def test_packs_are_loaded_at_once(self, instructions, name, read):
         for symbol, code in instructions.items():
             kernel = Kernel.parse(symbol)
@@ -200,7 +213,7 @@ class TestInstructions:
                 own = min(4 * BYTES[kernel.types[written]], 16)
                 assert widest(code, r"st\.global") == own, symbol
 
-    @pytest.mark.parametrize("precise", ["multiply", "finish", "scale", "gradient"])
+    @pytest.mark.parametrize("precise", ["multiply", "finish", "scale", "gradient", *ONE])
     def test_narrow_kernels_do_no_double_arithmetic(self, instructions, precise):
         """Of constants, which are doubles, a few conversions remain."""
         for symbol, code in instructions.items():
@@ -221,7 +234,9 @@ def included(path: Path) -> Iterator[tuple[Path, str]]:
             yield from included((path.parent / name).resolve(strict=True))
 
 
-@pytest.mark.parametrize("source", [p.name for p in SOURCES.glob("*.cu")] + ["plan.cpp"])
+@pytest.mark.parametrize(
+    "source", [*(p.name for p in SOURCES.glob("*.cu")), "patches.cpp", "plan.cpp"]
+)
 def test_kernels_know_nothing_of_torch(source):
     """They compile wherever nvcc is, whatever torch is installed."""
     headers = set(included(SOURCES / source))

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 ROOT = Path(__file__).parent.parent
 TARGETS = [
-    "help", "demo", "test", "lint", "format", "bench", "bench-quick", "gpu", "build", "clean",
+    "help", "demo", "test", "lint", "format", "bench", "bench-msn", "bench-quick", "study-msn",
+    "gpu", "build", "clean",
 ]  # fmt: skip
 
 # Writes its arguments down. `-m venv DIR` leaves a copy of it there, `-m pip freeze` a torch.

@@ -25,7 +25,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-VARIANTS = list(configs.variants())
+VARIANTS = [*configs.variants(), *configs.mean_variants()]
 KERNELS = sorted({variant.kernel.__name__ for variant in VARIANTS})
 
 
@@ -115,7 +115,26 @@ class TestCompile:
                     constraint = (layers, dims, [value] * count, flag, flag)
                     fastsn.triton.scale(weights, snapshot, *constraint)
                     fastsn.triton.scale_backward(weights, weights, snapshot, *constraint)
+        for shape, groups in (((1, 1, 1), 1), ((3, 16, 4, 16), 2), ((2, 6, 3, 5, 4), 3)):
+            self.call_means(torch.randn(shape), groups)
         assert {kernel.__name__ for kernel in used} == set(KERNELS)
         for kernel, constants in used.items():
             compiled_kernels = kernel.device_caches.pop("a device of this test")[0]
             assert len(compiled_kernels) == len(constants), kernel.__name__
+
+    def call_means(self, input, groups):
+        """Each of the three operators on the input and what lies elsewhere, for several kernels."""
+        _, channels, *size = input.shape
+        moved = torch.cat([input.new_zeros(1), input.flatten()])[1:].view(input.shape)
+        for value, transposed in ((1, False), (2, False), (16, True)):
+            same = [value] * len(size)
+            for x in (input, moved):
+                geometry = (same, same, [value - 1] * len(size), same, size, transposed, True)
+                mean = fastsn.triton.patch_mean(x, *geometry)
+                fastsn.triton.patch_mean_backward(
+                    mean, input.shape, *geometry[1:], input.dtype, False
+                )
+            weight = torch.randn(channels, value if transposed else channels // groups, *same)
+            outputs = groups * value if transposed else channels
+            for gain, beta in ((None, None), (torch.ones(outputs), torch.ones(outputs).half())):
+                fastsn.triton.mean_bias(weight, mean, gain, beta, groups, transposed)

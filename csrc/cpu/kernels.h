@@ -58,6 +58,9 @@ struct Kernels {
 
   // y[i] += x[i] for i < n.
   void (*add)(const Acc* x, Acc* y, int64_t n);
+
+  // out[j] += sum over i < n of x[i * stride + j], for j < length.
+  void (*sum_rows)(const void* x, int64_t stride, int64_t n, Acc* out, int64_t length);
 };
 
 // The kernels of the best instruction set that this machine has.

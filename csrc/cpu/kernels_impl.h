@@ -439,9 +439,62 @@ void add(const Acc* x, Acc* y, int64_t n) {
   add_rows<1>(x, 0, &one, n, y);
 }
 
+// The sum of kRows vectors or numbers, load(0), load(1), and so on, in pairs: its rounding errors
+// stay small, and its additions need not wait for each other.
+template <int kRows, typename Load>
+inline auto sum_in_pairs(const Load& load) {
+  if constexpr (kRows == 1) {
+    return load(0);
+  } else {
+    constexpr int kHalf = kRows / 2;
+    return sum_in_pairs<kHalf>(load) + sum_in_pairs<kHalf>([&](int i) { return load(kHalf + i); });
+  }
+}
+
+template <int kRows, typename T, typename Acc>
+inline void sum_row_block(const T* x, int64_t stride, Acc* out, int64_t length) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  int64_t j = 0;
+  for (; j + kLanes <= length; j += kLanes) {
+    const auto sum = sum_in_pairs<kRows>(
+        [&](int i) { return fastsn::FASTSN_ISA::load<Acc>(x + i * stride + j); });
+    store_vec(out + j, load<Acc>(out + j) + sum);
+  }
+  for (; j < length; ++j) {
+    out[j] += sum_in_pairs<kRows>([&](int i) { return static_cast<Acc>(x[i * stride + j]); });
+  }
+}
+
+template <typename T, typename Acc>
+void sum_rows(const void* rows, int64_t stride, int64_t n, Acc* out, int64_t length) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  const T* x = static_cast<const T*>(rows);
+  if (length < kLanes && stride == length && n >= 2 * kLanes) {  // rows without gaps fill vectors
+    alignas(64) Acc joined[kLanes * kLanes] = {};
+    const int64_t blocks = n / kLanes;
+    sum_rows<T>(x, kLanes * length, blocks, joined, kLanes * length);
+    sum_row_block<kLanes>(joined, length, out, length);
+    x += blocks * kLanes * length;
+    n -= blocks * kLanes;
+  }
+  constexpr int kBlock = 8;
+  for (; n >= kBlock; n -= kBlock, x += kBlock * stride) {
+    sum_row_block<kBlock>(x, stride, out, length);
+  }
+  if (n >= 4) {
+    sum_row_block<4>(x, stride, out, length);
+    n -= 4;
+    x += 4 * stride;
+  }
+  for (; n > 0; --n, x += stride) {
+    sum_row_block<1>(x, stride, out, length);
+  }
+}
+
 template <typename T, typename Acc>
 constexpr Kernels<Acc> kTable = {u_first<T, Acc>,     v_first<T, Acc>, scale<T, Acc>, dot<T, Acc>,
-                                 load_scaled<T, Acc>, add_outer<Acc>,  store<T, Acc>, add<Acc>};
+                                 load_scaled<T, Acc>, add_outer<Acc>,  store<T, Acc>, add<Acc>,
+                                 sum_rows<T, Acc>};
 
 }  // namespace
 

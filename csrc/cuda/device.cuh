@@ -38,6 +38,21 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) {
 }
 __device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
+// An element of whatever type.
+template <typename Acc>
+__device__ __forceinline__ Acc read_as(const void* from, Type type, int at) {
+  switch (type) {
+    case Type::kFloat:
+      return static_cast<Acc>(static_cast<const float*>(from)[at]);
+    case Type::kDouble:
+      return static_cast<Acc>(static_cast<const double*>(from)[at]);
+    case Type::kBFloat16:
+      return static_cast<Acc>(widen(static_cast<const __nv_bfloat16*>(from)[at]));
+    default:
+      return static_cast<Acc>(widen(static_cast<const __half*>(from)[at]));
+  }
+}
+
 // Four elements, loaded and stored at once.
 template <typename T>
 struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Pack {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "items.h"
+#include "patches.h"
 
 // The kernels, behind functions that neither need torch's headers nor CUDA's. All run on `stream`
 // (a cudaStream_t) of `device`, which must be the current one, and return null or an error message.
@@ -50,5 +51,16 @@ const char* product(
 const char* gradient(
     Where where, Type weights, Type grads, const BackwardItem* items, int64_t count,
     const ScaleCall& call);
+
+// The mean patch of a convolution's input: sums, and where there are several of each result their
+// sum.
+const char* patch_sums(Where where, Type input, const PatchItem& item);
+const char* add_partial_sums(Where where, bool is_double, const PartialItem& item);
+
+// Its gradient with respect to a sample.
+const char* patch_backward(Where where, Type out, const PatchBackwardItem& item);
+
+// The mean of a convolution's output, and the bias that takes it away.
+const char* mean_bias(Where where, Type weight, const BiasItem& item);
 
 }  // namespace fastsn::cuda

@@ -39,6 +39,32 @@ cudaError_t allow_shared(int device, int bytes) {
   return status;
 }
 
+// kernel(arguments...) by so many blocks of `threads` threads with `shared` bytes of dynamic
+// memory.
+template <typename... Parameters, typename... Arguments>
+cudaError_t start(
+    Where where, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+    const Arguments&... arguments) {
+  if (blocks > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps_launches() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline const char* message(cudaError_t status) {
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 // Kernel::kernel<kBytes>(batch, arguments...) for items[0 .. count), each an Item that needs
 // Kernel::blocks(item) blocks of kBlock threads with kShared bytes of dynamic shared memory.
 template <typename Kernel, int kBytes, typename... Arguments>
@@ -67,17 +93,7 @@ cudaError_t launch_batches(
       return begin < count ? cudaErrorInvalidConfiguration : cudaSuccess;
     }
     batch.first_block[batch.count] = static_cast<int32_t>(blocks);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(Kernel::kBlock);
-    config.dynamicSmemBytes = Kernel::kShared;
-    config.stream = static_cast<cudaStream_t>(where.stream);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = overlaps_launches() ? 1 : 0;
-    status = cudaLaunchKernelEx(&config, kKernel, batch, arguments...);
+    status = start(where, kKernel, blocks, Kernel::kBlock, Kernel::kShared, batch, arguments...);
   }
   return status;
 }
@@ -90,7 +106,7 @@ const char* launch(
   const auto status = is_small
       ? launch_batches<Kernel, kSmallParameter>(where, items, count, arguments...)
       : launch_batches<Kernel, kLargeParameter>(where, items, count, arguments...);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return message(status);
 }
 
 // body(a value of this type).

@@ -1,55 +1,20 @@
 #include "ops.h"
 
 #include "../estimates.h"
-#include "kernels.h"
-#include "plan.h"
+#include "host.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <limits>
 
-// From tensors to descriptors. Needs a torch with CUDA only at run time: the stream comes through
-// torch's device-independent interface, memory from torch's allocator, so that CUDA graphs capture
-// a call and streams do not share its workspace.
+// The operators on weights: from tensors to descriptors.
 namespace fastsn::cuda {
 namespace {
 
 bool has_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
-Type type_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Type::kFloat;
-    case at::kDouble:
-      return Type::kDouble;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    default:
-      return Type::kHalf;
-  }
-}
-
-Where where(const at::Device& device) {
-  if (!device.is_cuda()) {
-    return {0, nullptr};
-  }
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  return {device.index(), guard.getStreamNativeHandle(guard.getStream(device))};
-}
-
-void check(const char* error, const char* phase) {
-  TORCH_CHECK(error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error);
-}
-
-bool is_aligned(const at::Tensor& tensor) {
-  const auto bytes = std::min<size_t>(kPack * tensor.element_size(), 16);
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
 Matrix matrix_of(const MatrixView& view) {

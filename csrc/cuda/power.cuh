@@ -29,16 +29,7 @@ Power<Acc> typed(const PowerCall& call) {
 
 template <typename Acc>
 __device__ __forceinline__ Acc read_live(const Vector& vector, int at) {
-  switch (vector.type) {
-    case Type::kFloat:
-      return static_cast<Acc>(static_cast<const float*>(vector.live)[at]);
-    case Type::kDouble:
-      return static_cast<Acc>(static_cast<const double*>(vector.live)[at]);
-    case Type::kBFloat16:
-      return static_cast<Acc>(widen(static_cast<const __nv_bfloat16*>(vector.live)[at]));
-    default:
-      return static_cast<Acc>(widen(static_cast<const __half*>(vector.live)[at]));
-  }
+  return read_as<Acc>(vector.live, vector.type, at);
 }
 
 template <typename Acc>

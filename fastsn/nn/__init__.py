@@ -1,5 +1,7 @@
 """Modules with spectrally normalized weights."""
 
+from fastsn.nn.convert import convert_batchnorm
+from fastsn.nn.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from fastsn.nn.modules import (
     BSNConv1d,
     BSNConv2d,
@@ -18,6 +20,15 @@ from fastsn.nn.modules import (
     SNEmbedding,
     SNLinear,
 )
+from fastsn.nn.msn import (
+    MSNConv1d,
+    MSNConv2d,
+    MSNConv3d,
+    MSNConvTranspose1d,
+    MSNConvTranspose2d,
+    MSNConvTranspose3d,
+    MSNLinear,
+)
 
 __all__ = [
     "BSNConv1d",
@@ -28,6 +39,16 @@ __all__ = [
     "BSNConvTranspose3d",
     "BSNEmbedding",
     "BSNLinear",
+    "MSNConv1d",
+    "MSNConv2d",
+    "MSNConv3d",
+    "MSNConvTranspose1d",
+    "MSNConvTranspose2d",
+    "MSNConvTranspose3d",
+    "MSNLinear",
+    "MeanOnlyBatchNorm1d",
+    "MeanOnlyBatchNorm2d",
+    "MeanOnlyBatchNorm3d",
     "SNConv1d",
     "SNConv2d",
     "SNConv3d",
@@ -36,4 +57,5 @@ __all__ = [
     "SNConvTranspose3d",
     "SNEmbedding",
     "SNLinear",
+    "convert_batchnorm",
 ]

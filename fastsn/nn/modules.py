@@ -47,6 +47,18 @@ class Normalized:
             zero_guard=zero_guard,
         )
 
+    def reset_parameters(self) -> None:
+        """Draws new parameters as the plain layer does, and iterates u and v for them."""
+        if not parametrize.is_parametrized(self, "weight"):  # type: ignore[arg-type]
+            super().reset_parameters()  # type: ignore[misc]  # in the constructor
+            return
+        norms = self.parametrizations.weight  # type: ignore[attr-defined]
+        parameters = self._parameters  # type: ignore[attr-defined]
+        plain: Any = _blank(self.plain)
+        plain.__dict__.update(self.__dict__, _parameters={**parameters, "weight": norms.original})
+        plain.reset_parameters()
+        norms[0].adapt(norms.original)
+
     def __repr__(self) -> str:
         name = parametrize.type_before_parametrizations(self).__name__  # type: ignore[arg-type]
         return f"{name}({self.extra_repr()})"

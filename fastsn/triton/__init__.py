@@ -8,22 +8,45 @@ It serves NVIDIA GPUs where fastsn was built without nvcc, AMD GPUs and, in Trit
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from fastsn.triton.means import mean_bias, patch_mean, patch_mean_backward
     from fastsn.triton.operators import estimate, power_, scale, scale_backward
 
-__all__ = ["estimate", "power_", "scale", "scale_backward", "serves", "why_not"]
+__all__ = [
+    "OPERATORS",
+    "estimate",
+    "mean_bias",
+    "patch_mean",
+    "patch_mean_backward",
+    "power_",
+    "scale",
+    "scale_backward",
+    "serves",
+    "why_not",
+]
+
+# Which file has which operator.
+OPERATORS = {
+    "estimate": "operators",
+    "mean_bias": "means",
+    "patch_mean": "means",
+    "patch_mean_backward": "means",
+    "power_": "operators",
+    "scale": "operators",
+    "scale_backward": "operators",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in ("estimate", "power_", "scale", "scale_backward"):
+    if name not in OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastsn.triton import operators
-
-    function = globals()[name] = getattr(operators, name)
+    module = import_module(f"{__name__}.{OPERATORS[name]}")
+    function = globals()[name] = getattr(module, name)
     return function
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastsn.triton import kernels
+from fastsn.triton import kernels, mean_kernels
 
 TYPES = {
     torch.float64: tl.float64,
@@ -36,6 +36,17 @@ CHUNK = 256  # elements of a vector per program
 DEPTH = 8  # tiles whose z is summed up side by side
 FLAT = 1024  # elements of a weight per step of `scale`, `dot` and `gradient`
 MAX_PIECES = 1024  # programs per weight of those
+
+MEAN_TILE = {"ROWS": 16, "COLS": 64}  # of channels and positions, or the other way around
+MEAN_PROGRAMS = 512  # into which the samples of an input are split, where it has so many
+PARTS_TILE = {"ROWS": 8, "COLS": 128}  # of channels and taps, and of partial sums
+BIAS_BLOCK = 1024  # elements of a weight per step of `mean_bias`
+
+# What kernels call their tables, which are int64.
+TABLES = {
+    "addresses", "jobs", "job_of_tile", "job_of_chunk", "layers", "layer_of_piece", "orders",
+    "outers", "table",
+}  # fmt: skip
 
 
 @cache
@@ -80,29 +91,52 @@ def flat_constants(dtype: torch.dtype, result: torch.dtype, role: str) -> dict[s
     }
 
 
+def tile_constants(dtype: torch.dtype, positions_inner: bool) -> dict[str, Any]:
+    return {
+        "TYPE": TYPES[dtype],
+        "ACC": TYPES[accumulate_type(dtype)],
+        "POSITIONS_INNER": positions_inner,
+        **MEAN_TILE,
+    }
+
+
+def sum_constants(dtype: torch.dtype, positions_inner: bool, vector: int) -> dict[str, Any]:
+    return {**tile_constants(dtype, positions_inner), "VECTOR": vector}
+
+
+def part_constants(dtype: torch.dtype) -> dict[str, Any]:
+    return {"ACC": TYPES[dtype], **PARTS_TILE}
+
+
+def bias_constants(dtype: torch.dtype) -> dict[str, Any]:
+    return {"TYPE": TYPES[dtype], "ACC": TYPES[accumulate_type(dtype)], "BLOCK": BIAS_BLOCK}
+
+
 class Variant(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
 
 
-def variant(kernel: Any, constants: dict[str, Any]) -> Variant:
-    numbers = f"*{constants['ACC']}" if constants else ""
+def variant(kernel: Any, constants: dict[str, Any], **pointers: str) -> Variant:
+    """``pointers``: which constant is the type that a pointer points to; others point to tables."""
+    pointers = {"snapshot": "ACC", "workspace": "ACC", **pointers}
+    annotations = kernel.fn.__annotations__
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("snapshot", "workspace"):
-            signature[name] = numbers
-        elif name.startswith(("first", "n_")) or name in ("bound", "zero_guard"):
-            signature[name] = "i32"
+        elif name in pointers:
+            signature[name] = f"*{constants[pointers[name]]}"
+        elif name in TABLES:
+            signature[name] = "*i64"
         else:
-            signature[name] = "i64" if name[1:].isdigit() else "*i64"
+            signature[name] = "i64" if annotations.get(name) == tl.int64 else "i32"
     return Variant(kernel, signature, constants)
 
 
 def variants() -> Iterator[Variant]:
-    """All that the operators can ask Triton to compile."""
+    """All that `power_`, `estimate`, `scale` and `scale_backward` can ask Triton to compile."""
     yield variant(kernels.pack, {})
     for accumulate in (torch.float32, torch.float64):
         constants = vector_constants(accumulate)
@@ -119,3 +153,19 @@ def variants() -> Iterator[Variant]:
             yield variant(kernels.scale, flat_constants(dtype, other, "RESULT"))
             yield variant(kernels.dot, flat_constants(dtype, other, "GRAD"))
             yield variant(kernels.gradient, flat_constants(dtype, other, "GRAD"))
+
+
+def mean_variants() -> Iterator[Variant]:
+    """All that `patch_mean`, `patch_mean_backward` and `mean_bias` can ask Triton to compile."""
+    for accumulate in (torch.float32, torch.float64):
+        constants = part_constants(accumulate)
+        yield variant(mean_kernels.patch_means, constants, parts="ACC", result="ACC")
+    for dtype in TYPES:
+        for inner in (False, True):
+            for vector in (1, 16 // dtype.itemsize):
+                constants = sum_constants(dtype, inner, vector)
+                yield variant(mean_kernels.patch_sums, constants, parts="ACC")
+            constants = tile_constants(dtype, inner)
+            yield variant(mean_kernels.patch_gradient, constants, grad="ACC", result="TYPE")
+        pointers = {"weight": "TYPE", "patches": "ACC", "bias": "TYPE", "mean": "ACC"}
+        yield variant(mean_kernels.mean_bias, bias_constants(dtype), **pointers)

@@ -144,15 +144,21 @@ def at_least(norm, eps):
 
 
 @triton.jit
-def load_vector(addresses, which, code, k, mask, ACC: tl.constexpr):
+def load_typed(address, k, mask, TYPE: tl.constexpr):
+    return tl.load(address.to(tl.pointer_type(TYPE), bitcast=True) + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_vector(address, code, k, mask, ACC: tl.constexpr):
+    """Elements ``k`` of the vector at an address, of the type ``VECTOR_TYPES[code]``."""
     if code == 0:
-        x = tl.load(pointer_to(addresses, which, tl.float32) + k, mask=mask).to(ACC)
+        x = load_typed(address, k, mask, tl.float32).to(ACC)
     elif code == 1:
-        x = tl.load(pointer_to(addresses, which, tl.float64) + k, mask=mask).to(ACC)
+        x = load_typed(address, k, mask, tl.float64).to(ACC)
     elif code == 2:
-        x = tl.load(pointer_to(addresses, which, tl.bfloat16) + k, mask=mask).to(ACC)
+        x = load_typed(address, k, mask, tl.bfloat16).to(ACC)
     else:
-        x = tl.load(pointer_to(addresses, which, tl.float16) + k, mask=mask).to(ACC)
+        x = load_typed(address, k, mask, tl.float16).to(ACC)
     return x
 
 
@@ -175,10 +181,12 @@ def read_vectors(addresses, jobs, job_of_chunk, snapshot, ACC: tl.constexpr, CHU
     job = jobs + tl.load(job_of_chunk + chunk) * JOB_FIELDS
     k = (chunk - tl.load(job + FIRST_CHUNK)) * CHUNK + tl.arange(0, CHUNK)
     mask = k < tl.load(job + P)
-    y = load_vector(addresses, tl.load(job + Y_LIVE), tl.load(job + Y_TYPE), k, mask, ACC)
+    address = tl.load(addresses + tl.load(job + Y_LIVE))
+    y = load_vector(address, tl.load(job + Y_TYPE), k, mask, ACC)
     tl.store(snapshot + tl.load(job + Y) + k, y, mask=mask)
     mask = k < tl.load(job + Q)
-    x = load_vector(addresses, tl.load(job + X_LIVE), tl.load(job + X_TYPE), k, mask, ACC)
+    address = tl.load(addresses + tl.load(job + X_LIVE))
+    x = load_vector(address, tl.load(job + X_TYPE), k, mask, ACC)
     tl.store(snapshot + tl.load(job + X) + k, x, mask=mask)
 
 

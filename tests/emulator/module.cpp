@@ -1,4 +1,5 @@
 #include "../../csrc/cuda/ops.h"
+#include "../../csrc/cuda/patches.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/schemas.h"
 
@@ -68,6 +69,31 @@ std::vector<int64_t> plan(
           cut.span,       cut.tiles,      fastsn::cuda::capacity(cut, is_double)};
 }
 
+// How patch_mean is cut: the tile along outer, rows, columns and inner, how many of them there are
+// along channels, rows, columns and samples, then whether it is made of packs and how many threads
+// are side by side.
+std::vector<int64_t> patch_plan(
+    int64_t samples, int64_t outer, int64_t rows, int64_t columns, int64_t inner, int64_t taps) {
+  fastsn::cuda::Layout layout{};
+  layout.samples = samples;
+  layout.outer = static_cast<int32_t>(outer);
+  layout.rows = static_cast<int32_t>(rows);
+  layout.columns = static_cast<int32_t>(columns);
+  layout.inner = static_cast<int32_t>(inner);
+  const auto tile = fastsn::cuda::tile_of(layout, taps, true);
+  return {
+      tile.outer,
+      tile.rows,
+      tile.columns,
+      tile.inner,
+      fastsn::cuda::channel_tiles(layout, tile),
+      fastsn::cuda::row_tiles(layout, tile),
+      fastsn::cuda::column_tiles(layout, tile),
+      fastsn::cuda::slices(layout, tile),
+      tile.vectorized,
+      tile.width};
+}
+
 }  // namespace
 
 // The CUDA back-end, its kernels compiled for the emulator, as operators on CPU tensors; and what
@@ -78,6 +104,9 @@ TORCH_LIBRARY(fastsn_emulated, m) {
       "plan(int units, int members, int inner, bool unit_first, bool aligned, bool is_double) "
       "-> int[]",
       &plan);
+  m.def(
+      "patch_plan(int samples, int outer, int rows, int columns, int inner, int taps) -> int[]",
+      &patch_plan);
   m.def("guard(bool wanted) -> int", &guard);
 }
 
@@ -86,4 +115,7 @@ TORCH_LIBRARY_IMPL(fastsn_emulated, CPU, m) {
   m.impl("estimate", &fastsn::cuda::estimate);
   m.impl("scale", &fastsn::cuda::scale);
   m.impl("scale_backward", &fastsn::cuda::scale_backward);
+  m.impl("patch_mean", &fastsn::cuda::patch_mean);
+  m.impl("patch_mean_backward", &fastsn::cuda::patch_mean_backward);
+  m.impl("mean_bias", &fastsn::cuda::mean_bias);
 }

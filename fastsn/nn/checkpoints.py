@@ -1,0 +1,129 @@
+"""State dicts of other layers, brought into the form of those with a running mean.
+
+What a batch norm's statistics become is said once, here, for models in memory and for files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsn import functional, parametrizations, reference
+
+#: The entries of a batch norm's state dict.
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_ORIGINAL = "parametrizations.weight.original"
+_VECTORS = "parametrizations.weight.0."
+#: torch's default, where nobody knows the eps of the batch norm that a file is of.
+_EPS = 1e-5
+
+
+@torch.no_grad()
+def mean_only_state(
+    norm: Mapping[str, Tensor],
+    *,
+    eps: float,
+    gain: bool,
+    shift: Tensor | None = None,
+    factor: float = 1.0,
+) -> dict[str, Tensor]:
+    """The state of a mean-only norm that takes the place of a batch norm with the state ``norm``.
+
+    The batch norm saw ``x + shift``, and its successor sees ``factor * x``. With ``gain`` both do
+    the same in eval mode, to rounding; without, the scale is lost.
+    """
+    state = {name: norm[name] for name in ("bias", "num_batches_tracked") if name in norm}
+    if "running_mean" in norm:
+        mean = norm["running_mean"]
+        mean = mean.to(reference.accumulate_type(mean))
+        state["running_mean"] = (mean if shift is None else mean - shift) * factor
+        # Batch norms of old did not count.
+        state.setdefault("num_batches_tracked", torch.zeros((), dtype=torch.long))
+    weight, var = norm.get("weight"), norm.get("running_var")
+    if gain and var is not None:
+        value = (var.to(reference.accumulate_type(var)) + eps).rsqrt()
+        value = value if weight is None else value * weight
+        state["gain"] = value / factor if factor else value
+    elif gain and weight is not None:
+        state["gain"] = weight
+    return state
+
+
+@torch.no_grad()
+def factor(norm: Any, weight: Tensor, u: list[Tensor], v: list[Tensor]) -> float:
+    """f in ``normalized weight = f * weight``, where u and v stay; 0 for a weight of zeros."""
+    if weight.is_meta:
+        return 1.0  # there are no numbers yet
+    normalized = functional.normalize(norm.call(weight.shape), [weight], u, v, [0])[0][0]
+    wide = reference.accumulate_type(weight)
+    flat = weight.flatten().to(wide)
+    square = float(flat.dot(flat))
+    return float(flat.dot(normalized.flatten().to(wide))) / square if square else 0.0
+
+
+def load_weight(layer: Any, state: dict[str, Any], prefix: str) -> float:
+    """Brings the weight of a plain or normalized layer into the form of the parametrization.
+
+    Where u and v are not there, those of the layer are put in, iterated for the new weight as at
+    registration. Returns f in ``normalized weight = f * weight of that layer in eval mode``.
+    """
+    is_plain = prefix + "weight_orig" not in state and prefix + "weight" in state
+    names = {"weight" if is_plain else "weight_orig": _ORIGINAL}
+    if not is_plain:
+        state.pop(prefix + "weight", None)  # what a hook of old computed last
+        names |= {f"weight_{name}": f"{_VECTORS}_{name}" for name in ("u", "v", "u2", "v2")}
+    for name, new in names.items():
+        if prefix + name in state:
+            state[prefix + new] = state.pop(prefix + name)
+
+    original, norm = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
+    weight = state.get(prefix + _ORIGINAL)
+    # Whatever does not fit, torch reports in its own words.
+    if weight is None or weight.shape != original.shape or original.is_meta:
+        return 1.0
+    weight = weight.detach().to(original)
+    u, v = ([vector.clone() for vector in vectors] for vectors in norm.vectors())
+    keys = [[f"{prefix}{_VECTORS}_{name}{i}" for name in "uv"] for i in ("", 2)][: len(u)]
+    missing = [not all(key in state for key in pair) for pair in keys]
+    if any(missing):
+        steps = [parametrizations._WARM_UP]
+        functional.iterate(norm.call(weight.shape), [weight], u, v, steps)
+    for pair, vectors, is_missing in zip(keys, zip(u, v, strict=True), missing, strict=True):
+        if is_missing:
+            state.update(zip(pair, vectors, strict=True))
+    return factor(norm, weight, u, v) if is_plain else 1.0
+
+
+def load_layer(layer: Any, state: dict[str, Any], prefix: str) -> None:
+    """Brings the state of a plain or spectrally normalized layer into that of an MSN layer.
+
+    A layer that knows nothing of means starts with a mean and a bias of 0, and a gain of 1.
+    """
+    load_weight(layer, state, prefix)
+    own = ("running_mean", "num_batches_tracked", "gain")
+    if prefix + _ORIGINAL not in state or any(prefix + name in state for name in own):
+        return
+    for name in (*own, "bias"):
+        value = getattr(layer, name)
+        if value is not None:
+            start = torch.ones_like(value) if name == "gain" else torch.zeros_like(value)
+            state.setdefault(prefix + name, start.detach())
+    if layer.bias is None:
+        state.pop(prefix + "bias", None)  # would be taken away with the mean
+
+
+def take_batch_norm(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes the state of a batch norm out of a state dict, by its names without the prefix."""
+    return {name: state.pop(prefix + name) for name in BATCH_NORM if prefix + name in state}
+
+
+def load_batch_norm(layer: Any, state: dict[str, Any], prefix: str) -> None:
+    """Brings the state of a batch norm into that of a mean-only one."""
+    if prefix + "weight" not in state and prefix + "running_var" not in state:
+        return
+    norm = take_batch_norm(state, prefix)
+    found = mean_only_state(norm, eps=getattr(layer, "eps", _EPS), gain=layer.gain is not None)
+    state.update({prefix + name: value for name, value in found.items()})

@@ -1,0 +1,555 @@
+"""patch_mean, patch_mean_backward and mean_bias against `fastsn.reference`.
+
+`TestNumbers` runs once more for every instruction set, in a process of its own. Other back-ends'
+tests put theirs in the place of `ops`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from calls import ALL_TYPES, each_type
+from means_calls import LAYOUTS, Geometry, make_channels_last, random_geometry
+from tolerances import assert_sum_no_worse
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastsn import ops, reference
+
+each_seed = pytest.mark.parametrize("seed", range(4))
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def check_mean(args: tuple) -> None:
+    """patch_mean(*args) is about as exact as the reference in the same types."""
+    input = args[0]
+    exact = reference.patch_mean(input.double(), *args[1:])
+    peer = reference.patch_mean(*args)
+    assert_sum_no_worse(
+        ops.patch_mean(*args),
+        peer,
+        exact,
+        length=max(input.numel() // max(input.shape[1], 1), 1),
+        computed_in=peer.dtype,
+        largest_term=mean_magnitude(args),
+    )
+
+
+def mean_magnitude(args: tuple) -> float:
+    """The largest sum of absolute values behind a result of patch_mean."""
+    sums = reference.patch_mean(args[0].double().abs(), *args[1:])
+    return sums.max().item() if sums.numel() else 0.0
+
+
+def check_backward(args: tuple) -> None:
+    """patch_mean_backward(*args) likewise, in the memory format asked for."""
+    grad = args[0]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    exact = reference.patch_mean_backward(grad.double(), *args[1:-2], torch.float64, args[-1])
+    peer = reference.patch_mean_backward(*args)
+    actual = ops.patch_mean_backward(*args)
+    length = max(math.prod(grad.shape[1:]), 1)
+    largest = grad.abs().max().item() if grad.numel() else 0.0
+    if args[-3]:
+        largest /= args[1][0] * math.prod(args[5])
+    assert_sum_no_worse(
+        actual, peer, exact, length=length, computed_in=wide, largest_term=length * largest
+    )
+    assert (actual.movedim(0, -1) if args[-1] else actual).is_contiguous()
+
+
+def check_bias(weight: Tensor, patches: Tensor, gain, beta, groups: int, transposed: bool) -> None:
+    """mean_bias of these arguments likewise."""
+    own = weight, patches, gain, beta
+    wide = [None if x is None else x.double() for x in own]
+    exact = reference.mean_bias(*wide, groups, transposed)
+    peer = reference.mean_bias(*own, groups, transposed)
+    actual = ops.mean_bias(*own, groups, transposed)
+    factor = gain.abs().max().item() if gain is not None and gain.numel() else 1.0
+    term = weight.double().norm(2) * patches.double().norm(2) * max(factor, 1)
+    for triple in zip(actual, peer, exact, strict=True):
+        assert_sum_no_worse(
+            *triple,
+            length=max(patches.numel() // groups, 1),
+            computed_in=peer[1].dtype,
+            largest_term=term.item(),
+        )
+        assert triple[0].is_contiguous()
+
+
+def linear(*shape: int) -> Geometry:
+    return Geometry([*shape], [], [], [], [], [], 3, 1, False)
+
+
+def conv(input_size: list[int], kernel: int, stride=1, padding=0, dilation=1, **kwargs) -> Geometry:
+    dims = len(input_size) - 2
+    lists = ([x] * dims for x in (kernel, stride, padding, dilation, 0))
+    return Geometry(input_size, *lists, **{"out_channels": 4, "groups": 1, "transposed": False,
+                                           **kwargs})  # fmt: skip
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Long sums; many tiles, cut along channels, positions and samples; chunks of lines, and of one.
+LARGE = {
+    "wide": conv([16, 40, 32, 32], 3, padding=1),
+    "few-channels": conv([64, 3, 32, 32], 3, padding=1),
+    "one-sample": conv([1, 5, 224, 224], 3, padding=1),
+    "one-pixel": conv([70, 600, 1, 1], 1),
+    "strided": conv([9, 70, 33, 31], 4, stride=2, padding=1),
+    "skipped": conv([9, 70, 33, 70], 1, stride=2),
+    "long": conv([2, 3, 5000], 2, stride=3, dilation=2),
+    "long-lines": conv([4, 9000, 3], 3, padding=1),
+    "whole-image": conv([20, 64, 9, 9], 9),
+    "volume": conv([2, 6, 20, 21, 22], 3, padding=1),
+    "transposed": conv([16, 40, 20, 20], 4, stride=2, padding=1, transposed=True),
+    "many-samples": linear(100_000, 6),
+    "linear": linear(300, 1000),
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+class TestNumbers:
+    def test_capability_is_the_one_asked_for(self):
+        asked = os.environ.get("FASTSN_CPU_CAPABILITY")
+        assert ops._C.cpu_capability() == asked or asked is None
+
+    @each_seed
+    def test_any_convolution(self, seed):
+        rng = Random(seed)
+        for _ in range(60):
+            geometry = random_geometry(rng)
+            for dtype in rng.sample(ALL_TYPES, 2):
+                layout = rng.choice([*LAYOUTS.values()])
+                input = layout(torch.randn(geometry.input_size).to(dtype))
+                check_mean(geometry.mean_args(input, rng.random() < 0.8))
+
+    @each_seed
+    def test_any_gradient(self, seed):
+        rng = Random(seed)
+        for _ in range(60):
+            geometry = random_geometry(rng)
+            grad = torch.randn(geometry.input_size[1], *geometry.kernel_size)
+            for dtype in ALL_TYPES:
+                grad = grad.to(rng.choice(ALL_TYPES))
+                last, average = rng.random() < 0.5, rng.random() < 0.8
+                check_backward(geometry.backward_args(grad, dtype, last, average))
+
+    @each_seed
+    def test_any_bias(self, seed):
+        rng = Random(seed)
+        for _ in range(60):
+            geometry = random_geometry(rng)
+            layout = LAYOUTS[rng.choice(["contiguous", "channels_last", "reversed", "every-other"])]
+            weight = layout(torch.randn(geometry.weight_shape).to(rng.choice(ALL_TYPES)))
+            patches = torch.randn(geometry.input_size[1], *geometry.kernel_size)
+            patches = layout(patches[None])[0].to(reference.accumulate_type(weight))
+            gain, beta = (
+                rng.choice([None, torch.randn(geometry.out_channels).to(rng.choice(ALL_TYPES))])
+                for _ in range(2)
+            )
+            check_bias(weight, patches, gain, beta, geometry.groups, geometry.transposed)
+
+    @each_seed
+    def test_mean_of_the_convolution(self, seed):
+        """What torch's convolution yields, averaged, is what mean_bias says; without, its sum."""
+        rng = Random(seed)
+        for _ in range(60):
+            geometry = random_geometry(rng)
+            input, weight = (
+                torch.randn(shape, dtype=torch.float64)
+                for shape in (geometry.input_size, geometry.weight_shape)
+            )
+            output = geometry.convolve(input, weight)
+            assert list(output.shape[2:]) == geometry.output_size
+            shape = geometry.groups, geometry.transposed
+            over = [0, *range(2, output.dim())]
+            for average, expected in ((True, output.mean(over)), (False, output.sum(over))):
+                patches = ops.patch_mean(*geometry.mean_args(input, average))
+                bias, mean = ops.mean_bias(weight, patches, None, None, *shape)
+                torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-11)
+                torch.testing.assert_close(bias, -expected, rtol=1e-12, atol=1e-11)
+
+    @each_type
+    @pytest.mark.parametrize("geometry", LARGE.values(), ids=LARGE.keys())
+    def test_large(self, geometry, dtype):
+        # A mean that is not small beside the values, and one of half of all values' sign.
+        input = torch.rand(geometry.input_size).to(dtype)
+        check_mean(geometry.mean_args(input))
+        check_mean(geometry.mean_args(make_channels_last(input - 0.5)))
+        patches = torch.randn(geometry.input_size[1], *geometry.kernel_size)
+        for last in (False, True):
+            check_backward(geometry.backward_args(patches, dtype, last))
+
+    @pytest.mark.parametrize("layout", [lambda x: x, make_channels_last], ids=["plain", "last"])
+    def test_equal_values(self, layout):
+        """Sums of equal terms: their roundings add up instead of cancelling."""
+        for geometry in (linear(100_000, 20), conv([3, 4, 300, 300], 3), conv([1, 2, 300_000], 3)):
+            input = layout(torch.full(geometry.input_size, 0.1))
+            actual = ops.patch_mean(*geometry.mean_args(input))
+            torch.testing.assert_close(actual, torch.full_like(actual, 0.1), rtol=2e-5, atol=0)
+
+    @each_type
+    @each_layout
+    def test_layouts(self, layout, dtype):
+        for size in ([5, 7], [5, 7, 9], [5, 70, 6, 9], [5, 1, 6, 9], [5, 7, 1, 1], [3, 7, 4, 5, 6]):
+            geometry = conv(size, 3, padding=1)
+            check_mean(geometry.mean_args(layout(torch.randn(size).to(dtype))))
+
+    def test_results_have_the_shape_of_patches(self):
+        geometry = conv([2, 3, 5, 6], 2)
+        patches = ops.patch_mean(*geometry.mean_args(torch.randn(2, 3, 5, 6).bfloat16()))
+        assert patches.shape == (3, 2, 2) and patches.dtype == torch.float32
+        assert patches.is_contiguous()
+
+    @pytest.mark.parametrize(
+        "size", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)], ids=str
+    )
+    @pytest.mark.parametrize("average", [False, True])
+    def test_empty(self, size, average):
+        args = conv(list(size), 3, padding=2).mean_args(torch.ones(size), average)
+        expected = reference.patch_mean(*args)
+        torch.testing.assert_close(ops.patch_mean(*args), expected, equal_nan=True)
+        args = conv(list(size), 3, padding=2).backward_args(torch.ones(size[1], 3, 3), torch.half)
+        expected = reference.patch_mean_backward(*args)
+        torch.testing.assert_close(ops.patch_mean_backward(*args), expected, equal_nan=True)
+
+    def test_taps_that_meet_nothing(self):
+        for last in (False, True):
+            geometry = conv([2, 3, 2, 2], 3, padding=4, dilation=4)  # only the centre does
+            input = torch.randn(2, 3, 2, 2)
+            check_mean(geometry.mean_args(make_channels_last(input) if last else input))
+            check_backward(geometry.backward_args(torch.randn(3, 3, 3), torch.float32, last))
+        for input in (torch.ones(2, 3, 1, 1), torch.ones(2, 3, 2, 1), torch.ones(2, 3, 1, 2)):
+            geometry = conv([*input.shape], 1, stride=9, padding=3)  # no tap does
+            assert not ops.patch_mean(*geometry.mean_args(input)).any()
+            grad = torch.ones(3, 1, 1)
+            for last in (False, True):
+                args = geometry.backward_args(grad, torch.float32, last)
+                assert not ops.patch_mean_backward(*args).any()
+
+    def test_bias_without_elements(self):
+        for shape, patches in (((0, 3, 2), (3, 2)), ((4, 0, 2), (0, 2)), ((4, 3, 0), (3, 0))):
+            weight, gain, beta = torch.ones(shape), torch.ones(shape[0]), torch.rand(shape[0])
+            bias, mean = ops.mean_bias(weight, torch.ones(patches), gain, beta, 1, False)
+            assert torch.equal(bias, beta) and torch.equal(mean, torch.zeros(shape[0]))
+
+    @pytest.mark.parametrize("layout", [lambda w: w, make_channels_last], ids=["plain", "last"])
+    @each_type
+    def test_large_weights(self, layout, dtype):
+        for shape, groups in (((200, 90, 3, 3), 1), ((200, 90, 3, 3), 4), ((300, 1, 5), 300)):
+            weight = layout(torch.randn(shape).to(dtype))
+            for transposed in (False, True):
+                rows, cols = shape[1] * groups, shape[0]
+                channels, out = (cols, rows) if transposed else (rows, cols)
+                gain, beta = torch.randn(2, out)
+                check_bias(
+                    weight, torch.randn(channels, *shape[2:]), gain, beta, groups, transposed
+                )
+
+
+# Results depend on shapes and strides only
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("geometry", LARGE.values(), ids=LARGE.keys())
+def test_same_bits_on_any_number_of_threads(geometry, last):
+    input = torch.randn(geometry.input_size)
+    input = make_channels_last(input) if last else input
+    grad = torch.randn(geometry.input_size[1], *geometry.kernel_size)
+    weight = torch.randn(geometry.weight_shape)
+
+    def run() -> list[Tensor]:
+        patches = ops.patch_mean(*geometry.mean_args(input))
+        back = ops.patch_mean_backward(*geometry.backward_args(grad, torch.bfloat16, last))
+        return [patches, back, *ops.mean_bias(weight, patches, None, None, 1, geometry.transposed)]
+
+    expected = run()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            assert all(map(torch.equal, run(), expected))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa == ops._C.cpu_capability():
+        pytest.skip(f"{isa} is what all other tests run on")
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    if isa != "baseline" and not (best.startswith("avx") and isa <= best):
+        pytest.skip(f"the best of this machine is {best}, less than {isa}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", "-k", "TestNumbers", __file__],
+        env={**os.environ, "FASTSN_CPU_CAPABILITY": isa},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# Gradients
+
+
+def mean_of(geometry: Geometry):
+    return lambda input: ops.patch_mean(*geometry.mean_args(input))
+
+
+def arguments(geometry: Geometry, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Input, weight, gain and beta, all with gradients."""
+    shapes = [geometry.input_size, geometry.weight_shape, *2 * [[geometry.out_channels]]]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+GRADIENTS = {
+    "linear": linear(3, 4),
+    "conv1d": conv([2, 4, 6], 3, stride=2, padding=1, groups=2),
+    "conv2d": conv([2, 2, 4, 3], 2, padding=1, dilation=2),
+    "conv3d": conv([2, 1, 3, 2, 2], 2, out_channels=2),
+    "transposed": conv([2, 4, 3, 2], 2, stride=2, padding=1, groups=2, transposed=True),
+}
+each_gradient = pytest.mark.parametrize("geometry", GRADIENTS.values(), ids=GRADIENTS.keys())
+
+
+def whole(geometry: Geometry, backend=ops):
+    """The bias as a function of input, weight, gain and beta."""
+
+    def bias(input: Tensor, weight: Tensor, gain: Tensor | None, beta: Tensor | None) -> Tensor:
+        patches = backend.patch_mean(*geometry.mean_args(input))
+        shape = geometry.groups, geometry.transposed
+        return backend.mean_bias(weight, patches, gain, beta, *shape)[0]
+
+    return bias
+
+
+@each_gradient
+def test_gradients_and_their_gradients(geometry):
+    leaves = arguments(geometry)
+    assert gradcheck(whole(geometry), leaves)
+    assert gradgradcheck(whole(geometry), leaves)
+    assert gradcheck(mean_of(geometry), leaves[:1])
+    assert gradgradcheck(mean_of(geometry), leaves[:1])
+    grad = torch.randn(geometry.input_size[1], *geometry.kernel_size).double().requires_grad_()
+    for average in (False, True):
+        args = geometry.backward_args(grad, torch.float64, average=average)[1:]
+        assert gradcheck(lambda g, args=args: ops.patch_mean_backward(g, *args), [grad])
+        assert gradgradcheck(lambda g, args=args: ops.patch_mean_backward(g, *args), [grad])
+
+
+@each_gradient
+@pytest.mark.parametrize("used", range(1, 16))
+def test_only_the_gradients_asked_for(geometry, used):
+    """Any of input, weight, gain and beta may be frozen, gain and beta absent instead."""
+    for absent in (False, True):
+        leaves = arguments(geometry)
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(bool(used >> i & 1))
+        given = [x if x.requires_grad or i < 2 or not absent else None
+                 for i, x in enumerate(leaves)]  # fmt: skip
+        wanted = [x for x in leaves if x.requires_grad]
+        direction = torch.randn(geometry.out_channels, dtype=torch.float64)
+        expected = torch.autograd.grad(whole(geometry, reference)(*given), wanted, direction)
+        for create_graph in (False, True):
+            out = whole(geometry)(*given)
+            actual = torch.autograd.grad(out, wanted, direction, create_graph=create_graph)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@each_type
+@each_gradient
+def test_gradients_in_every_type(geometry, dtype):
+    """Gradients have the types of what they belong to, and are about as exact as their peers."""
+    leaves = arguments(geometry, dtype)
+    leaves[2:] = [x.detach().float().requires_grad_() for x in leaves[2:]]
+    direction = torch.randn(geometry.out_channels).to(dtype)
+    actual, peer = (
+        torch.autograd.grad(whole(geometry, backend)(*leaves), leaves, direction)
+        for backend in (ops, reference)
+    )
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = torch.autograd.grad(whole(geometry, reference)(*wide), wide, direction.double())
+    for triple in zip(actual, peer, exact, strict=True):
+        assert_sum_no_worse(
+            *triple, length=64, computed_in=reference.accumulate_type(leaves[0]), largest_term=1.0
+        )
+
+
+def test_gradient_has_the_input_s_layout():
+    for last in (False, True):
+        geometry = conv([4, 3, 5, 6], 3, padding=1)
+        input = torch.randn(geometry.input_size)
+        input = (make_channels_last(input) if last else input).requires_grad_()
+        out = mean_of(geometry)(input)
+        (grad,) = torch.autograd.grad(out.sum(), input)
+        strides = (0, *input.stride()[1:])  # one map, shared by all samples
+        assert grad.stride() == strides
+
+
+def test_input_may_be_overwritten_and_the_mean_has_no_gradient():
+    geometry = conv([4, 3, 5, 6], 3, padding=1)
+    leaves = arguments(geometry)
+    input = leaves[0] * 1
+    patches = ops.patch_mean(*geometry.mean_args(input))
+    input.relu_()
+    bias, mean = ops.mean_bias(leaves[1], patches, *leaves[2:], 1, False)
+    assert bias.requires_grad and not mean.requires_grad
+    mean.add_(1)
+    bias.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_autocast_leaves_the_backward_alone():
+    geometry = conv([4, 3, 5, 6], 3, padding=1)
+    leaves = arguments(geometry, torch.float32)
+    out = whole(geometry)(*leaves)
+    plain = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = torch.autograd.grad(out.sum(), leaves)
+        assert torch.equal(whole(geometry)(*leaves), out)
+    assert all(map(torch.equal, plain, again))
+
+
+def test_inference_mode():
+    geometry = conv([4, 3, 5, 6], 3, padding=1)
+    leaves = arguments(geometry)
+    with torch.inference_mode():
+        out = whole(geometry)(*leaves)
+    assert out.is_inference() and torch.equal(out, whole(geometry)(*leaves))
+
+
+# torch.compile, and PyTorch's own checks
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("last", [False, True])
+@each_gradient
+def test_compile_with_any_batch(geometry, last):
+    """Forward and backward in one graph; another batch size brings no second one."""
+    _, weight, gain, beta = arguments(geometry, torch.float32)
+    graphs = 0
+
+    def count(module, inputs):
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    def step(input: Tensor, weight: Tensor, gain: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        shape = geometry.groups, geometry.transposed
+        patches = ops.patch_mean(*geometry.mean_args(input * 2))
+        return ops.mean_bias(weight, patches, gain, beta, *shape)
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for batch in (23, 19, 29):
+        input = torch.randn(batch, *geometry.input_size[1:])
+        input = (make_channels_last(input) if last else input).requires_grad_()
+        torch._dynamo.mark_dynamic(input, 0)  # an error where the batch size is taken as constant
+        leaves = [input, weight, gain, beta]
+        results = []
+        for run in (step, compiled):
+            out, mean = run(*leaves)
+            results.append([out, mean, *torch.autograd.grad(out.square().sum(), leaves)])
+        torch.testing.assert_close(*results)
+    assert graphs == 1
+
+
+@each_gradient
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_opcheck(geometry, dtype, last):
+    input, weight, gain, beta = arguments(geometry, dtype)
+    input = (make_channels_last(input.detach()) if last else input.detach()).requires_grad_()
+    wide = reference.accumulate_type(input)
+    patches = torch.randn(geometry.input_size[1], *geometry.kernel_size, dtype=wide)
+    patches.requires_grad_()
+    shape = geometry.groups, geometry.transposed
+    for op, args in [
+        (ops.patch_mean, geometry.mean_args(input)),
+        (ops.patch_mean_backward, geometry.backward_args(patches, dtype, last)),
+        (ops.mean_bias, (weight, patches, gain, beta, *shape)),
+        (ops.mean_bias, (weight, patches, None, None, *shape)),
+    ]:
+        torch.library.opcheck(op, args)
+
+
+# Errors
+
+X, W, P = torch.ones(2, 4, 5, 5), torch.ones(6, 4, 3, 3), torch.ones(4, 3, 3)
+ONE = [1, 1]
+BAD_MEAN = {
+    "dimensions": ((X, [3], [1], [0], [1], [3], False, True),
+                   r"of 3 dimensions \(N, C, \*size\) for .* \[3\], got shape \[2, 4, 5, 5\]"),
+    "list": ((X, [3, 3], [1], [0, 0], ONE, [3, 3], False, True), "expected 2 entries, .*, got 1"),
+    "kernel": ((X, [3, 0], ONE, [0, 0], ONE, [3, 3], False, True),
+               "positive kernel_size, .*, got 0, 1, 1 and 3"),
+    "stride": ((X, [3, 3], [0, 1], [0, 0], ONE, [3, 3], False, True), ".*, got 3, 0, 1 and 3"),
+    "output": ((X, [3, 3], ONE, [0, 0], ONE, [3, -1], False, True), ".*, got 3, 1, 1 and -1"),
+    "type": ((X.int(), [3, 3], ONE, [0, 0], ONE, [3, 3], False, True),
+             "input must be float64, .*, got Int"),
+    "too many": ((torch.ones([1] * 6), [1] * 4, [1] * 4, [0] * 4, [1] * 4, [1] * 4, False, True),
+                 "at most 3 spatial dimensions, got 4"),
+}  # fmt: skip
+BAD_BACKWARD = {
+    "channels": ((P, [2, 5, 5, 5], ONE, [0, 0], ONE, [3, 3], False, True, torch.half, False),
+                 r"\(C, \*kernel_size\) for input_size \[2, 5, 5, 5\], got \[4, 3, 3\]"),
+    "dimensions": ((P, [2, 4, 5], ONE, [0, 0], ONE, [3, 3], False, True, torch.half, False),
+                   r"for input_size \[2, 4, 5\], got \[4, 3, 3\]"),
+    "size": ((P, [2], ONE, [0, 0], ONE, [3, 3], False, True, torch.half, False),
+             r"an input_size \(N, C, \*size\), got \[2\]"),
+    "type": ((P, [2, 4, 5, 5], ONE, [0, 0], ONE, [3, 3], False, True, torch.int, False),
+             "dtype must be float64, .*, got Int"),
+    "grad": ((P.int(), [2, 4, 5, 5], ONE, [0, 0], ONE, [3, 3], False, True, torch.half, False),
+             "grad must be float64, .*, got Int"),
+}  # fmt: skip
+BAD_BIAS = {
+    "patches": ((W, P[:3], None, None, 1, False),
+                r"patches of shape \[4, 3, 3\] .* \[6, 4, 3, 3\] in 1 groups, got \[3, 3, 3\]"),
+    "transposed": ((W, P, None, None, 1, True),
+                   r"patches of shape \[6, 3, 3\] .*, got \[4, 3, 3\]"),
+    "groups": ((W, P, None, None, 4, False), "groups must divide .* weight, 6, got 4"),
+    "no groups": ((W, P, None, None, 0, False), "groups must divide .* weight, 6, got 0"),
+    "gain": ((W, P, torch.ones(4), None, 1, False), r"a gain of shape \[6\] on cpu, got \[4\]"),
+    "beta": ((W, P, None, torch.ones(6, 1), 1, False),
+             r"a beta of shape \[6\] on cpu, got \[6, 1\]"),
+    "beta's type": ((W, P, None, torch.ones(6).int(), 1, False), "beta must be .*, got Int"),
+    "weight": ((W[:, 0, 0, 0], P, None, None, 1, False), r"at least 2 dimensions, got shape \[6\]"),
+    "type": ((W.int(), P, None, None, 1, False), "weight must be float64, .*, got Int"),
+    "patches' type": ((W, P.int(), None, None, 1, False), "patches must be float64, .*, got Int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, message", BAD_MEAN.values(), ids=BAD_MEAN.keys())
+def test_bad_arguments_of_patch_mean(args, message):
+    with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+        ops.patch_mean(*args)
+
+
+@pytest.mark.parametrize("args, message", BAD_BACKWARD.values(), ids=BAD_BACKWARD.keys())
+def test_bad_arguments_of_patch_mean_backward(args, message):
+    with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+        ops.patch_mean_backward(*args)
+
+
+@pytest.mark.parametrize("args, message", BAD_BIAS.values(), ids=BAD_BIAS.keys())
+def test_bad_arguments_of_mean_bias(args, message):
+    with pytest.raises(RuntimeError, match=f"fastsn: .*{message}"):
+        ops.mean_bias(*args)
