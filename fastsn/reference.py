@@ -220,12 +220,16 @@ def scale_backward(
 def _meets(size: int, axis: Sequence[int], transposed: bool) -> Tensor:
     """(kernel_size, size): 1 where a tap of the kernel meets a position of the input."""
     kernel_size, stride, padding, dilation, output_size = axis
-    tap = torch.arange(kernel_size).view(-1, 1, 1) * dilation - padding
-    inputs = torch.arange(size).view(1, -1, 1)
-    outputs = torch.arange(output_size).view(1, 1, -1)
-    if transposed:
-        return (inputs * stride + tap == outputs).sum(2)
-    return (outputs * stride + tap == inputs).sum(2)
+    meets = torch.zeros(kernel_size, size)
+    for tap in range(kernel_size):
+        shift = tap * dilation - padding
+        if transposed:
+            output = torch.arange(size) * stride + shift
+            meets[tap] = (output >= 0) & (output < output_size)
+        else:
+            input = torch.arange(output_size) * stride + shift
+            meets[tap, input[(input >= 0) & (input < size)]] = 1
+    return meets
 
 
 def patch_mean(

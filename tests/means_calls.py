@@ -106,6 +106,19 @@ def random_geometry(rng: random.Random) -> Geometry:
             return geometry
 
 
+def linear(*shape: int) -> Geometry:
+    """A linear layer of this input."""
+    return Geometry([*shape], [], [], [], [], [], 3, 1, False)
+
+
+def conv(input_size: list[int], kernel: int, stride=1, padding=0, dilation=1, **kwargs) -> Geometry:
+    """A convolution that is the same along all dimensions."""
+    dims = len(input_size) - 2
+    lists = ([x] * dims for x in (kernel, stride, padding, dilation, 0))
+    return Geometry(input_size, *lists, **{"out_channels": 4, "groups": 1, "transposed": False,
+                                           **kwargs})  # fmt: skip
+
+
 def make_channels_last(x: Tensor) -> Tensor:
     """(N, C, *size) with C innermost in memory, for any number of dimensions."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
