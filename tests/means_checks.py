@@ -56,7 +56,8 @@ def check_backward(
     )
     count = geometry.input_size[0] * prod(geometry.output_size) if average else 1
     assert_sum_no_worse(
-        actual, peer, exact, length=prod(geometry.kernel_size), computed_in=grad.dtype,
+        actual, peer, exact, length=prod(geometry.kernel_size),
+        computed_in=reference.accumulate_type(grad),
         largest_term=largest(grad) / count,
     )  # fmt: skip
     memory = actual.movedim(0, -1) if channels_last else actual

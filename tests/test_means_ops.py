@@ -6,7 +6,6 @@ tests put theirs in the place of `ops`.
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -17,70 +16,13 @@ import pytest
 import torch
 from calls import ALL_TYPES, each_type
 from means_calls import LAYOUTS, conv, linear, make_channels_last, random_geometry
-from tolerances import assert_sum_no_worse
+from means_checks import check_backward, check_bias, check_mean
 from torch import Tensor
 
 from fastsn import ops, reference
 
 each_seed = pytest.mark.parametrize("seed", range(4))
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-
-
-def check_mean(args: tuple) -> None:
-    """patch_mean(*args) is about as exact as the reference in the same types."""
-    input = args[0]
-    exact = reference.patch_mean(input.double(), *args[1:])
-    peer = reference.patch_mean(*args)
-    assert_sum_no_worse(
-        ops.patch_mean(*args),
-        peer,
-        exact,
-        length=max(input.numel() // max(input.shape[1], 1), 1),
-        computed_in=peer.dtype,
-        largest_term=mean_magnitude(args),
-    )
-
-
-def mean_magnitude(args: tuple) -> float:
-    """The largest sum of absolute values behind a result of patch_mean."""
-    sums = reference.patch_mean(args[0].double().abs(), *args[1:])
-    return sums.max().item() if sums.numel() else 0.0
-
-
-def check_backward(args: tuple) -> None:
-    """patch_mean_backward(*args) likewise, in the memory format asked for."""
-    grad = args[0]
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    exact = reference.patch_mean_backward(grad.double(), *args[1:-2], torch.float64, args[-1])
-    peer = reference.patch_mean_backward(*args)
-    actual = ops.patch_mean_backward(*args)
-    length = max(math.prod(grad.shape[1:]), 1)
-    largest = grad.abs().max().item() if grad.numel() else 0.0
-    if args[-3]:
-        largest /= args[1][0] * math.prod(args[5])
-    assert_sum_no_worse(
-        actual, peer, exact, length=length, computed_in=wide, largest_term=length * largest
-    )
-    assert (actual.movedim(0, -1) if args[-1] else actual).is_contiguous()
-
-
-def check_bias(weight: Tensor, patches: Tensor, gain, beta, groups: int, transposed: bool) -> None:
-    """mean_bias of these arguments likewise."""
-    own = weight, patches, gain, beta
-    wide = [None if x is None else x.double() for x in own]
-    exact = reference.mean_bias(*wide, groups, transposed)
-    peer = reference.mean_bias(*own, groups, transposed)
-    actual = ops.mean_bias(*own, groups, transposed)
-    factor = gain.abs().max().item() if gain is not None and gain.numel() else 1.0
-    term = weight.double().norm(2) * patches.double().norm(2) * max(factor, 1)
-    for triple in zip(actual, peer, exact, strict=True):
-        assert_sum_no_worse(
-            *triple,
-            length=max(patches.numel() // groups, 1),
-            computed_in=peer[1].dtype,
-            largest_term=term.item(),
-        )
-        assert triple[0].is_contiguous()
 
 
 @pytest.fixture
@@ -125,7 +67,7 @@ class TestNumbers:
             for dtype in rng.sample(ALL_TYPES, 2):
                 layout = rng.choice([*LAYOUTS.values()])
                 input = layout(torch.randn(geometry.input_size).to(dtype))
-                check_mean(geometry.mean_args(input, rng.random() < 0.8))
+                check_mean(ops, geometry, input, rng.random() < 0.8)
 
     @each_seed
     def test_any_gradient(self, seed):
@@ -136,7 +78,7 @@ class TestNumbers:
             for dtype in ALL_TYPES:
                 grad = grad.to(rng.choice(ALL_TYPES))
                 last, average = rng.random() < 0.5, rng.random() < 0.8
-                check_backward(geometry.backward_args(grad, dtype, last, average))
+                check_backward(ops, geometry, grad, dtype, last, average)
 
     @each_seed
     def test_any_bias(self, seed):
@@ -151,7 +93,7 @@ class TestNumbers:
                 rng.choice([None, torch.randn(geometry.out_channels).to(rng.choice(ALL_TYPES))])
                 for _ in range(2)
             )
-            check_bias(weight, patches, gain, beta, geometry.groups, geometry.transposed)
+            check_bias(ops, weight, patches, gain, beta, geometry.groups, geometry.transposed)
 
     @each_seed
     def test_mean_of_the_convolution(self, seed):
@@ -178,11 +120,11 @@ class TestNumbers:
     def test_large(self, geometry, dtype):
         # A mean that is not small beside the values, and one of half of all values' sign.
         input = torch.rand(geometry.input_size).to(dtype)
-        check_mean(geometry.mean_args(input))
-        check_mean(geometry.mean_args(make_channels_last(input - 0.5)))
+        check_mean(ops, geometry, input)
+        check_mean(ops, geometry, make_channels_last(input - 0.5))
         patches = torch.randn(geometry.input_size[1], *geometry.kernel_size)
         for last in (False, True):
-            check_backward(geometry.backward_args(patches, dtype, last))
+            check_backward(ops, geometry, patches, dtype, last)
 
     @pytest.mark.parametrize("layout", [lambda x: x, make_channels_last], ids=["plain", "last"])
     def test_equal_values(self, layout):
@@ -197,7 +139,7 @@ class TestNumbers:
     def test_layouts(self, layout, dtype):
         for size in ([5, 7], [5, 7, 9], [5, 70, 6, 9], [5, 1, 6, 9], [5, 7, 1, 1], [3, 7, 4, 5, 6]):
             geometry = conv(size, 3, padding=1)
-            check_mean(geometry.mean_args(layout(torch.randn(size).to(dtype))))
+            check_mean(ops, geometry, layout(torch.randn(size).to(dtype)))
 
     def test_results_have_the_shape_of_patches(self):
         geometry = conv([2, 3, 5, 6], 2)
@@ -221,8 +163,8 @@ class TestNumbers:
         for last in (False, True):
             geometry = conv([2, 3, 2, 2], 3, padding=4, dilation=4)  # only the centre does
             input = torch.randn(2, 3, 2, 2)
-            check_mean(geometry.mean_args(make_channels_last(input) if last else input))
-            check_backward(geometry.backward_args(torch.randn(3, 3, 3), torch.float32, last))
+            check_mean(ops, geometry, make_channels_last(input) if last else input)
+            check_backward(ops, geometry, torch.randn(3, 3, 3), torch.float32, last)
         for input in (torch.ones(2, 3, 1, 1), torch.ones(2, 3, 2, 1), torch.ones(2, 3, 1, 2)):
             geometry = conv([*input.shape], 1, stride=9, padding=3)  # no tap does
             assert not ops.patch_mean(*geometry.mean_args(input)).any()
@@ -247,7 +189,7 @@ class TestNumbers:
                 channels, out = (cols, rows) if transposed else (rows, cols)
                 gain, beta = torch.randn(2, out)
                 check_bias(
-                    weight, torch.randn(channels, *shape[2:]), gain, beta, groups, transposed
+                    ops, weight, torch.randn(channels, *shape[2:]), gain, beta, groups, transposed
                 )
 
 
