@@ -111,12 +111,21 @@ def linear(*shape: int) -> Geometry:
     return Geometry([*shape], [], [], [], [], [], 3, 1, False)
 
 
-def conv(input_size: list[int], kernel: int, stride=1, padding=0, dilation=1, **kwargs) -> Geometry:
-    """A convolution that is the same along all dimensions."""
+def conv(
+    input_size,
+    kernel=1,
+    stride=1,
+    padding=0,
+    dilation=1,
+    out_channels=4,
+    groups=1,
+    transposed=False,
+) -> Geometry:
+    """A convolution that is the same along all dimensions; its kernel need not be."""
     dims = len(input_size) - 2
-    lists = ([x] * dims for x in (kernel, stride, padding, dilation, 0))
-    return Geometry(input_size, *lists, **{"out_channels": 4, "groups": 1, "transposed": False,
-                                           **kwargs})  # fmt: skip
+    kernel_size = [kernel] * dims if isinstance(kernel, int) else [*kernel]
+    lists = ([x] * dims for x in (stride, padding, dilation, 0))
+    return Geometry([*input_size], kernel_size, *lists, out_channels, groups, transposed)
 
 
 def make_channels_last(x: Tensor) -> Tensor:

@@ -79,13 +79,3 @@ def check_bias(
             largest_term=largest(weight) * largest(patches) * factor,
         )  # fmt: skip
     return actual
-
-
-def geometry_of(
-    input_size, kernel_size=None, stride=1, padding=0, dilation=1, transposed=False
-) -> Geometry:
-    """With the same numbers along all dimensions; of a 1x1 convolution if there is no kernel."""
-    dims = len(input_size) - 2
-    kernel_size = [1] * dims if kernel_size is None else list(kernel_size)
-    lists = ([x] * dims for x in (stride, padding, dilation, 0))
-    return Geometry(list(input_size), kernel_size, *lists, 1, 1, transposed)

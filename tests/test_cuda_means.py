@@ -16,14 +16,13 @@ import torch
 from calls import ALL_TYPES, each_layout, each_type, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from means_calls import make_channels_last, random_geometry
+from means_calls import conv, make_channels_last, random_geometry
 from means_checks import (
     INPUTS,
     check_backward,
     check_bias,
     check_mean,
     each_format,
-    geometry_of,
 )
 
 from fastsn import reference
@@ -64,7 +63,7 @@ def test_sizes(size, dtype, channels_last, cuda):
         input = make_channels_last(input)
     kernel_size = (3, 2, 3)[: len(size) - 2]
     for stride, transposed in [(1, False), (2, False), (2, True)]:
-        geometry = geometry_of(size, kernel_size, stride, padding=1, transposed=transposed)
+        geometry = conv(size, kernel_size, stride, padding=1, transposed=transposed)
         patches = check_mean(cuda, geometry, input)
         if input.numel() < 20_000:
             check_backward(cuda, geometry, patches.clone(), dtype, channels_last)
@@ -74,7 +73,7 @@ def test_sizes(size, dtype, channels_last, cuda):
 @each_type
 def test_every_alignment(dtype, channels_last, cuda):
     shape = (3, 16, 6, 6)
-    geometry = geometry_of(shape, (3, 3), padding=1)
+    geometry = conv(shape, (3, 3), padding=1)
     for offset in range(8):
         flat = random(prod(shape) + offset, dtype=dtype)[offset:]
         input = flat.view(3, 6, 6, 16).movedim(-1, 1) if channels_last else flat.view(shape)
@@ -90,7 +89,7 @@ def test_every_alignment(dtype, channels_last, cuda):
 def test_large_kernels(size, kernel_size, channels_last, cuda):
     """More taps than are contracted at once, some of which meet few positions."""
     input = make_channels_last(random(*size)) if channels_last else random(*size)
-    geometry = geometry_of(size, kernel_size)
+    geometry = conv(size, kernel_size)
     geometry.padding = [length // 2 for length in kernel_size]
     grad = check_mean(cuda, geometry, input).clone()
     check_backward(cuda, geometry, grad, torch.float32, channels_last)
@@ -100,22 +99,22 @@ def test_large_kernels(size, kernel_size, channels_last, cuda):
 def test_many_samples(dtype, cuda):
     """The sum does not lose more than the reference's."""
     for channels in (1, 3, 64):
-        geometry = geometry_of((100_000 // channels, channels))
+        geometry = conv((100_000 // channels, channels))
         check_mean(cuda, geometry, random(*geometry.input_size, dtype=dtype) + 10)
 
 
 def test_taps_that_meet_nothing(cuda):
-    geometry = geometry_of((2, 3, 4), (3,), padding=4, dilation=4)
+    geometry = conv((2, 3, 4), (3,), padding=4, dilation=4)
     patches = check_mean(cuda, geometry, random(2, 3, 4))
     assert not patches[:, ::2].any() and patches[:, 1].all()
-    far = geometry_of((2, 3, 1), (3,), padding=1)
+    far = conv((2, 3, 1), (3,), padding=1)
     assert not check_mean(cuda, far, random(2, 3, 1))[:, ::2].any()
     assert check_backward(cuda, far, random(3, 3), torch.float32).all()
 
 
 @pytest.mark.parametrize("size", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 3), (2, 0)], ids=str)
 def test_empty_inputs(size, cuda):
-    geometry = geometry_of(size, (3,) * (len(size) - 2), padding=2)
+    geometry = conv(size, 3, padding=2)
     for average in (False, True):
         arguments = geometry.mean_args(random(*size), average)
         actual, expected = (own.patch_mean(*arguments) for own in (cuda, reference))
@@ -130,7 +129,7 @@ def test_nan_reaches_the_taps_that_meet_it(cuda):
         for layout in (torch.clone, make_channels_last):
             input = layout(random(*size))
             input[1, 2, 0, 0] = torch.nan
-            patches = cuda.patch_mean(*geometry_of(size, (3, 3), padding=1).mean_args(input))
+            patches = cuda.patch_mean(*conv(size, (3, 3), padding=1).mean_args(input))
             expected = torch.zeros(3, 3, 3, dtype=torch.bool)
             expected[2, :2, :2] = True
             assert torch.equal(patches.isnan(), expected)
@@ -226,7 +225,7 @@ def test_usual_sizes_occupy_a_gpu(size, taps, channels_last, cuda):
 def test_same_bits_in_every_order(dtype, cuda):
     runs = []
     for size in [(16, 6, 32, 32), (9, 130), (2, 64, 300), (1, 1, 20, 17, 24)]:
-        geometry = geometry_of(size, (3,) * (len(size) - 2), padding=1)
+        geometry = conv(size, 3, padding=1)
         for layout in (torch.clone, make_channels_last):
             input = layout(random(*size, dtype=dtype))
             grad = random(size[1], *geometry.kernel_size, dtype=dtype)

@@ -14,8 +14,8 @@ import test_cuda_calls
 import test_ops
 import torch
 from calls import each_type, random
-from means_calls import make_channels_last
-from means_checks import INPUTS, check_mean, each_format, geometry_of
+from means_calls import conv, make_channels_last
+from means_checks import INPUTS, check_mean, each_format
 from test_cuda_calls import OUT_OF_MEMORY, guarded_memory, launches, within
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def test_nothing_else_is_read_or_written(dtype, channels_last, cuda):
     for size in [(9, 6, 32, 12), (16, 33, 7, 5), (70, 40), (2, 3, 4100)]:
         input = random(*size, dtype=dtype)
         input = make_channels_last(input) if channels_last else input
-        geometry = geometry_of(size, (3,) * (len(size) - 2), stride=2, padding=1)
+        geometry = conv(size, 3, stride=2, padding=1)
         grad = random(size[1], *geometry.kernel_size, dtype=wide)
         weight = random(5, *grad.shape, dtype=dtype)
         vectors = random(5), random(5)
@@ -60,7 +60,7 @@ def test_nothing_else_is_read_or_written(dtype, channels_last, cuda):
 def test_inputs_are_not_copied(cuda):
     """In both memory formats they are read where they lie, which then is an error."""
     for size in [(4, 6), (4, 6, 5), (4, 6, 5, 5), (4, 6, 3, 5, 5)]:
-        arguments = geometry_of(size).mean_args(random(*size))[1:]
+        arguments = conv(size).mean_args(random(*size))[1:]
         for layout in (torch.clone, make_channels_last):
             input = layout(random(*size))
             with pytest.raises(RuntimeError, match="misaligned access"):
@@ -86,13 +86,13 @@ def test_launches_of_patch_mean(size, cuda):
     """A second one where a result has several partial sums."""
     rows, columns = prod(size[2:-1]), prod(size[2:][-1:])
     plan = cuda.patch_plan(size[0], size[1], rows, columns, 1, 1)
-    arguments = geometry_of(size).mean_args(random(*size))
+    arguments = conv(size).mean_args(random(*size))
     assert launches(cuda.patch_mean, *arguments) == (1 if prod(plan[5:8]) == 1 else 2)
 
 
 @each_type
 def test_launches(dtype, cuda):
-    geometry = geometry_of((2, 3, 4, 4), (3, 3))
+    geometry = conv((2, 3, 4, 4), (3, 3))
     input, grad = random(2, 3, 4, 4, dtype=dtype), random(3, 3, 3)
     weight, beta = random(5, 3, 3, 3, dtype=dtype), random(5)
     assert launches(cuda.patch_mean, *geometry.mean_args(input)) == 1
@@ -101,7 +101,7 @@ def test_launches(dtype, cuda):
 
 
 def phases(cuda, x, grad, weight) -> dict:
-    geometry = geometry_of((64, 3, 8, 8), (3, 3))
+    geometry = conv((64, 3, 8, 8), (3, 3))
     return {
         "patch_sums": lambda: cuda.patch_mean(*geometry.mean_args(x)),
         "patch_backward": lambda: cuda.patch_mean_backward(

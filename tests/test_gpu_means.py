@@ -15,14 +15,13 @@ import torch
 from calls import ALL_TYPES, each_type, random
 from gpu_fixtures import DEVICE, IS_GPU, OnDevice, needs_gpu
 from gpu_tensors import on_device
-from means_calls import make_channels_last, random_geometry
+from means_calls import conv, make_channels_last, random_geometry
 from means_checks import (
     INPUTS,
     check_backward,
     check_bias,
     check_mean,
     each_format,
-    geometry_of,
 )
 
 from fastsn import ops
@@ -83,7 +82,7 @@ def test_sizes(size, dtype, channels_last, there):
     input = make_channels_last(input) if channels_last else input
     # The reference compares every position with every other one.
     kernel_size = (1 if max(size[2:], default=1) > 1000 else 3,) * (len(size) - 2)
-    geometry = geometry_of(size, kernel_size, padding=kernel_size[-1] // 2 if kernel_size else 0)
+    geometry = conv(size, kernel_size, padding=kernel_size[-1] // 2 if kernel_size else 0)
     patches = check_mean(there, geometry, input)
     check_backward(there, geometry, patches.clone(), dtype, channels_last)
     weight = random(10, *patches.shape, dtype=dtype)
@@ -95,7 +94,7 @@ def test_same_bits_at_every_run_wherever_memory_lies(channels_last):
     noise = []
     for size in INPUTS:
         input = make_channels_last(random(*size)) if channels_last else random(*size)
-        geometry = geometry_of(size, (3,) * (len(size) - 2), padding=1)
+        geometry = conv(size, 3, padding=1)
         arguments = geometry.mean_args(on_device(input, DEVICE))
         expected = ops.patch_mean(*arguments)
         weight = torch.randn(5, *expected.shape, device=DEVICE)
@@ -112,7 +111,7 @@ def test_same_bits_at_every_run_wherever_memory_lies(channels_last):
 def test_a_graph_captures_a_call(backend):
     if backend == "reference":
         pytest.skip("the reference copies from the host")
-    geometry = geometry_of((64, 16, 8, 8), (3, 3), padding=1)
+    geometry = conv((64, 16, 8, 8), (3, 3), padding=1)
     input = torch.randn(64, 16, 8, 8, device=DEVICE)
     weight, beta = torch.randn(10, 16, 3, 3, device=DEVICE), torch.randn(10, device=DEVICE)
 
@@ -149,7 +148,7 @@ def test_more_elements_than_32_bits_count(channels_last, backend):
     shape = (samples, length, channels) if channels_last else (samples, channels, length)
     memory = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_()
     input = memory.movedim(-1, 1) if channels_last else memory
-    patches = ops.patch_mean(*geometry_of(input.shape, (1,)).mean_args(input))
+    patches = ops.patch_mean(*conv(input.shape, (1,)).mean_args(input))
     expected = torch.zeros(channels, dtype=torch.float64, device=DEVICE)
     for sample in input:
         for part in sample.chunk(64, dim=1):
