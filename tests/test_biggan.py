@@ -307,14 +307,6 @@ def test_refresh(options):
     torch.testing.assert_close(fast.state_dict(), plain.state_dict())
 
 
-@pytest.fixture
-def poisoned_memory():
-    """What is allocated without a value is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @double
 @pytest.mark.usefixtures("poisoned_memory")
 def test_sigmas():

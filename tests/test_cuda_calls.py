@@ -33,7 +33,6 @@ from fastsn import reference
 
 # Of every test here.
 cuda, tested = cuda_fixtures.cuda, cuda_fixtures.tested
-poisoned_memory = test_ops.poisoned_memory
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 

@@ -11,7 +11,6 @@ import cuda_fixtures
 import emulated
 import means_calls
 import pytest
-import test_ops
 import torch
 from calls import ALL_TYPES, each_layout, each_type, random
 from hypothesis import given, settings
@@ -29,7 +28,6 @@ from fastsn import reference
 
 # Of every test here.
 cuda = cuda_fixtures.cuda
-poisoned_memory = test_ops.poisoned_memory
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Numbers

@@ -11,7 +11,6 @@ import cuda_fixtures
 import emulated
 import pytest
 import test_cuda_calls
-import test_ops
 import torch
 from calls import each_type, random
 from means_calls import conv, make_channels_last
@@ -21,7 +20,6 @@ from torch import Tensor
 
 # Of every test here.
 cuda = cuda_fixtures.cuda
-poisoned_memory = test_ops.poisoned_memory
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 

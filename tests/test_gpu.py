@@ -37,8 +37,6 @@ many_threads = gpu_fixtures.many_threads
 
 # The numbers
 
-poisoned_memory = test_ops.poisoned_memory
-
 
 class TestNumbers(test_ops.TestNumbers):
     """All that the CPU's kernels are held to: sizes, types, orders, strides, methods, NaN in

@@ -25,16 +25,6 @@ each_seed = pytest.mark.parametrize("seed", range(4))
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fresh memory is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # Long sums; many tiles, cut along channels, positions and samples; chunks of lines, and of one.
 LARGE = {
     "wide": conv([16, 40, 32, 32], 3, padding=1),

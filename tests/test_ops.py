@@ -59,16 +59,6 @@ def check(call: Call) -> None:
         assert_sum_no_worse(*triple, **sums, largest_term=largest_term)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fresh memory is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_memory")
 class TestNumbers:
     def test_capability_is_the_one_asked_for(self):

@@ -40,8 +40,6 @@ from fastsn import reference
 
 pytest.importorskip("triton")
 
-poisoned_memory = test_ops.poisoned_memory
-
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(

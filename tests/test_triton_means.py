@@ -22,7 +22,6 @@ from fastsn import ops, reference
 
 pytest.importorskip("triton")
 
-poisoned_memory = test_triton.poisoned_memory
 variants = test_triton.variants
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
