@@ -58,7 +58,8 @@ GATE_BATCH = 8
 
 def classifier_loss(model: nn.Module, images: Tensor) -> Tensor:
     """Cross-entropy; the labels are 0 ... 9 in turn."""
-    return F.cross_entropy(model(images), torch.arange(len(images)) % 10)
+    labels = torch.arange(len(images), device=images.device) % 10
+    return F.cross_entropy(model(images), labels)
 
 
 def hinge_loss(model: nn.Module, images: Tensor) -> Tensor:

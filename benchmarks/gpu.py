@@ -4,9 +4,10 @@ Every row is gated by a comparison with fp64 before anything is timed; variants 
 side. Rows are written as they come; a part that fails is recorded and the others go on.
 
 Parts: ``copy`` (the bandwidth that the floors use), ``weights`` (all normalized weights of a
-network), ``training`` (whole steps), ``autocast`` (bf16 results against fp32), ``bsn`` (BSN against
-SN), ``compiled`` (torch.compile, optional: it takes long), ``launches`` (by the profiler, last:
-it may slow down what comes after it).
+network), ``training`` (whole steps of GANs), ``msn`` (whole steps of VGG7 with MSN or batch norm),
+``autocast`` (bf16 results against fp32), ``bsn`` (BSN against SN), ``compiled`` (torch.compile,
+optional: it takes long), ``launches`` (by the profiler, last: it may slow down what comes after
+it).
 
 ``--quick`` runs every part on tiny networks, a proof that it runs. Without a GPU it takes the CPU
 for one.
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_report, gpu_training
+from benchmarks import gpu_msn, gpu_report, gpu_training
 from benchmarks.gpu_device import Cuda, Device, commit
 from benchmarks.gpu_sampling import DeviceLost, Recorder, time_columns
 from benchmarks.gpu_training import JOBS, PRECISIONS, QUICK_JOBS
@@ -44,7 +45,7 @@ from benchmarks.gpu_weights import (
 from benchmarks.harness import Plan
 from benchmarks.networks import NETWORKS, QUICK_NETWORKS
 
-PARTS = ("copy", "weights", "training", "autocast", "bsn", "compiled", "launches")
+PARTS = ("copy", "weights", "training", "msn", "autocast", "bsn", "compiled", "launches")
 CHARTS = {"weights.png": gpu_report.draw_weights, "training.png": gpu_report.draw_training}
 QUICK = Plan(least=2, most=2, warmup=1)
 
@@ -101,6 +102,13 @@ class Benchmarks:
                 tasks[f"training {name}, {precision}"] = partial(
                     gpu_training.hold, name, job, precision, self.recorder, self.plan(2.5, 12, 80)
                 )
+        for name, network in (gpu_msn.QUICK_JOBS if self.quick else gpu_msn.JOBS).items():
+            batch = gpu_msn.QUICK_BATCH if self.quick else gpu_msn.BATCH
+            for precision in PRECISIONS:
+                tasks[f"msn {name}, {precision}"] = partial(
+                    gpu_msn.hold, name, network, batch, precision, self.recorder,
+                    self.plan(2.5, 12, 80),
+                )  # fmt: skip
         small, large = list(networks)[0], list(networks)[1 if self.quick else 2]
         read = replace(own, reader=read_as_forward)
         narrow = {"fastsn fp32": read, "fastsn bf16": replace(read, autocast=torch.bfloat16)}

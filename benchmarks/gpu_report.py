@@ -118,7 +118,25 @@ def targets(backend: str, trainings: Sequence[str], precisions: Sequence[str]) -
                 mode = f"{precision}, {way}"
                 value = ratio(training, mode, "wall", "overhead_percent", "fastsn", "training")
                 found.append(Target(f"{training} step, {mode}: overhead", 5, True, " %", value))
+    for precision in precisions:
+        for way in ("eager", "captured"):
+            mode = f"{precision}, {way}"
+            value = faster_than_bn("VGG7", mode)
+            found.append(Target(f"VGG7 step with MSN, {mode}, vs bn", 1.16, False, "x", value))
     return found
+
+
+def faster_than_bn(network: str, mode: str) -> Callable[[Sequence[Row]], float | None]:
+    """The time of a step with batch norm over that with MSN."""
+
+    def value(rows: Sequence[Row]) -> float | None:
+        bn, msn = (
+            ratio(network, mode, "wall", "median_us", variant, "msn")(rows)
+            for variant in ("bn", "msn")
+        )
+        return None if bn is None or msn is None else bn / msn
+
+    return value
 
 
 def launches(rows: Sequence[Row]) -> list[str]:

@@ -274,7 +274,7 @@ START_AND_END = 18.0
 #: what one does to the device does not touch the others, nor does the profiler.
 PROGRAMS = [
     (["copy", "weights"], 75.0),
-    (["training"], 75.0),
+    (["training", "msn"], 90.0),
     (["autocast", "bsn", "launches"], 35.0),
 ]
 

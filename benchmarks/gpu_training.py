@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -223,13 +223,18 @@ class Contestant:
                 self.run, _ = device.capture(self.training.step, lambda: None)
 
     def sample(self) -> Times:
-        with fastsn.use_backend(self.backend):
-            self.device.synchronize()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                self.run()
-            self.device.synchronize()
-            return {"wall": (time.perf_counter() - start) / STEPS}
+        return sample_steps(self.run, self.device, self.backend)
+
+
+def sample_steps(run: Callable[[], Any], device: Device, backend: str) -> Times:
+    """Seconds of a step, over several."""
+    with fastsn.use_backend(backend):
+        device.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run()
+        device.synchronize()
+        return {"wall": (time.perf_counter() - start) / STEPS}
 
 
 def hold(name: str, job: Job, precision: str, recorder: Recorder, plan: Plan) -> None:
@@ -239,24 +244,59 @@ def hold(name: str, job: Job, precision: str, recorder: Recorder, plan: Plan) ->
     with torch.device(device.kind):
         plain = job.discriminator()
         generator = SNDCGANGenerator(LATENT, size=job.size, width=job.generator_width)
-    backend = next((b for b in device.backends if b not in recorder.without), "auto")
-    for way in ("eager", "captured"):
-        where = {"part": "training", "network": name, "mode": f"{precision}, {way}"}
-        what = f"training of {name}, {precision}, {way}"
-        ready: dict[str, Contestant] = {}
+    backend = backend_of(recorder)
 
-        def enter(variant: str, way: str = way, ready: dict[str, Contestant] = ready) -> None:
-            ready[variant] = Contestant(
-                job, variant, plain, generator, device, precision, way == "captured", backend
-            )
+    def enter(variant: str, is_captured: bool) -> Contestant:
+        return Contestant(job, variant, plain, generator, device, precision, is_captured, backend)
+
+    compete("training", name, precision, list(NORMALIZERS), ["fastsn"], enter, recorder, plan)
+
+
+def backend_of(recorder: Recorder) -> str:
+    """The one that trains: the first that works."""
+    return next((b for b in recorder.device.backends if b not in recorder.without), "auto")
+
+
+class Sampled(Protocol):
+    """A training that is gated, perhaps captured, and ready."""
+
+    error: float
+
+    def sample(self) -> Times: ...
+
+
+def compete(
+    part: str,
+    name: str,
+    precision: str,
+    variants: Sequence[str],
+    own: Sequence[str],
+    enter: Callable[[str, bool], Sampled],
+    recorder: Recorder,
+    plan: Plan,
+) -> None:
+    """Sample what ``enter`` makes of each variant, eager and captured, and record the rows.
+
+    ``own``: the variants that stand or fall with fastsn's back-end.
+    """
+    for way in ("eager", "captured"):
+        where = {"part": part, "network": name, "mode": f"{precision}, {way}"}
+        what = f"{part} of {name}, {precision}, {way}"
+        ready: dict[str, Sampled] = {}
+
+        def gate_one(variant: str, way: str = way, ready: dict[str, Sampled] = ready) -> None:
+            ready[variant] = enter(variant, way == "captured")
 
         try:
-            for variant in NORMALIZERS:
+            for variant in variants:
                 if variant not in recorder.without:
-                    recorder.guard(f"gate of {what}", variant, partial(enter, variant), **where)
+                    gate_call = partial(gate_one, variant)
+                    recorder.guard(f"gate of {what}", variant, gate_call, **where)
             samples = take_turns({n: c.sample for n, c in ready.items()}, plan, recorder, what)
         except DeviceLost as lost:
-            raise DeviceLost(backend if lost.variant == "fastsn" else lost.variant) from lost
+            raise DeviceLost(
+                backend_of(recorder) if lost.variant in own else lost.variant
+            ) from lost
         recorder.record(
             [
                 {**where, "variant": variant, "error": ready[variant].error, **columns}

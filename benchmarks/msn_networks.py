@@ -71,7 +71,7 @@ class SubtractMean(nn.Module):
         mean = self.running_mean
         if self.training:
             mean = x.mean((0, 2, 3))
-            self.running_mean.lerp_(mean.detach(), 0.1)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), 0.1)
         return x - mean[:, None, None] + self.bias[:, None, None]
 
 

@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_device, gpu_report, gpu_session, gpu_training, gpu_weights, networks
+from benchmarks import (
+    gpu,
+    gpu_device,
+    gpu_report,
+    gpu_session,
+    gpu_training,
+    gpu_weights,
+    networks,
+)
 from benchmarks.gpu_device import Cuda, Device
 from benchmarks.gpu_sampling import COLUMNS, DeviceLost, Recorder, take_turns, time_columns
 from benchmarks.gpu_session import Session, Step
@@ -378,6 +386,10 @@ def made_up_rows() -> list[dict[str, str]]:
                     overhead = [0.0, 40.0 - 10 * i, 2.0 + 3 * i][j]
                     mode = f"{precision}, {way}"
                     add("training", network, mode, variant, "wall", overhead_percent=overhead)
+    for precision in gpu_training.PRECISIONS:
+        for way in ("eager", "captured"):
+            for variant, time in (("bn", 130), ("msn", 100 if way == "eager" else 120)):
+                add("msn", "VGG7", f"{precision}, {way}", variant, "wall", median_us=time)
     add("launches", "SNDCGAN D", "forward", "fastsn cuda", "launches", value=3)
     add("training", "SNDCGAN", "fp32, eager", "fastsn", "failed")
     return found
@@ -387,13 +399,15 @@ def test_targets_are_met_or_missed() -> None:
     rows = made_up_rows()
     targets = gpu_report.targets("cuda", list(gpu_training.JOBS), list(gpu_training.PRECISIONS))
     lines = [" ".join(target.line(rows).split()) for target in targets]
-    assert len(lines) == 9 + 2 + 12
+    assert len(lines) == 9 + 2 + 12 + 4
     assert lines[0] == "SNDCGAN, forward, eager wall, vs torch >= 30x 3x MISSED"
     assert lines[4].endswith("over one read + one write <= 1.6 floor 4.29 floor MISSED")
     assert lines[5].endswith("device time, vs torch >= 1.6x 7x met")
     assert lines[7] == "host time, 11 layers, forward: the operators <= 20 us 12.5 us met"
     assert lines[11] == "SNDCGAN step, fp32, eager: overhead <= 5 % 2 % met"
-    assert lines[-1].endswith("bf16 autocast, captured: overhead <= 5 % 8 % MISSED")
+    assert lines[22].endswith("bf16 autocast, captured: overhead <= 5 % 8 % MISSED")
+    assert lines[23] == "VGG7 step with MSN, fp32, eager, vs bn >= 1.16x 1.3x met"
+    assert lines[24] == "VGG7 step with MSN, fp32, captured, vs bn >= 1.16x 1.08x MISSED"
     empty = [target.line([]) for target in targets]
     assert all(line.endswith("not measured") for line in empty)
 

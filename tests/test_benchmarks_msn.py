@@ -16,8 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsn
-from benchmarks import bench_msn, msn_networks, msn_study, report
+from benchmarks import (
+    bench_msn,
+    gpu,
+    gpu_msn,
+    gpu_report,
+    gpu_training,
+    msn_networks,
+    msn_study,
+    report,
+)
 from benchmarks.bench_msn import FOLDED, QUICK_JOBS
+from benchmarks.gpu_device import Device
 from benchmarks.harness import QUICK_PLAN
 from benchmarks.msn_networks import (
     REFERENCES,
@@ -30,6 +40,7 @@ from benchmarks.msn_networks import (
     sndcgan,
     vgg7,
 )
+from fastsn import means
 
 ROOT = Path(__file__).parents[1]
 
@@ -380,3 +391,32 @@ def test_a_quick_run_reports_every_variant(tmp_path: Path) -> None:
         for variant in contest.variants()
     ]
     assert all(row["rounds"] == 3 and row["p20_ms"] > 0 for row in rows)
+
+
+# On a GPU; here on the CPU, which stands in
+
+
+@pytest.mark.parametrize("precision", gpu_training.PRECISIONS)
+def test_quick_msn_measures_every_variant(tmp_path: Path, precision: str) -> None:
+    task = f"msn small VGG7, {precision}"
+    arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", task]
+    assert gpu.main(arguments) == 0
+    rows = [r for r in gpu_report.read(tmp_path / "measurements.csv") if r["part"] == "msn"]
+    assert [(r["mode"], r["variant"]) for r in rows] == [
+        (f"{precision}, {way}", variant)
+        for way in ("eager", "captured")
+        for variant in gpu_msn.VARIANTS
+    ]
+    assert all(float(r["median_us"]) > 0 and r["overhead_percent"] and r["error"] for r in rows)
+
+
+@pytest.mark.parametrize("precision", gpu_training.PRECISIONS)
+def test_msn_gate_fails_where_the_mean_is_wrong(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = gpu_msn.QUICK_JOBS["small VGG7"]
+    assert gpu_msn.gate(job, "msn", Device(), precision) < 0.1
+    patch_mean = means.patch_mean
+    monkeypatch.setattr(means, "patch_mean", lambda *args: patch_mean(*args) * 0.9)
+    with pytest.raises(AssertionError, match="expected an error"):
+        gpu_msn.gate(job, "msn", Device(), precision)
