@@ -236,7 +236,7 @@ _DOC = r"""``nn.{plain}`` with a spectrally normalized weight, minus the mean of
     with f = ``nn.{plain}`` without a bias. :math:`\mu`, one value per output channel, is the mean
     of f(x) {over}: in training of the batch, in eval mode
     the running mean (0 before any training). It is taken from the input (:mod:`fastsn.means`), so
-    that the layer costs hardly more than the plain one. Gradients flow through :math:`\mu` as well,
+    that the layer costs little more than the plain one. Gradients flow through :math:`\mu` as well,
     and through sigma.
 
     Shapes: {shapes}.
