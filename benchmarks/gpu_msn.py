@@ -20,11 +20,11 @@ from benchmarks.gpu_device import Device
 from benchmarks.gpu_sampling import Recorder, Times
 from benchmarks.gpu_training import (
     PRECISIONS,
-    SLACK,
     autocast,
     backend_of,
     compete,
     exact_convolutions,
+    judge,
     sample_steps,
 )
 from benchmarks.harness import Plan
@@ -45,8 +45,7 @@ def built(job: Job, variant: str, device: Device) -> nn.Module:
 def gate(job: Job, variant: str, device: Device, precision: str) -> float:
     """Check loss and gradients of a first step against torch's in fp64, from the same state.
 
-    Returns the error, relative in the Euclidean norm. It may be twice that of torch in the same
-    precision plus :data:`benchmarks.gpu_training.SLACK`. Activations are smooth ones.
+    Returns the error, relative in the Euclidean norm. Activations are smooth ones.
     """
     even = job._replace(network=smooth(job.network))
     model = built(even, variant, device)
@@ -62,14 +61,8 @@ def gate(job: Job, variant: str, device: Device, precision: str) -> float:
 
     with exact_convolutions(device):
         wanted = first(exact, images.double(), None)
-        error, peer = (
-            ((first(m, images, PRECISIONS[precision]) - wanted).norm() / wanted.norm()).item()
-            for m in (model, rounded)
-        )
-    allowed = 2 * peer + SLACK[precision]
-    # Written so that NaN fails.
-    assert error <= allowed, f"expected an error <= {allowed:.3g}, got {error:.3g}"
-    return error
+        actual, peer = (first(m, images, PRECISIONS[precision]) for m in (model, rounded))
+    return judge(actual, peer, wanted, precision)
 
 
 class Contestant:

@@ -185,12 +185,15 @@ def gate(
     dtype = PRECISIONS[precision]
     with exact_convolutions(device):
         wanted = first_gradients(job, exact, device, None)
-        size = wanted.norm()
-        error, peer = (
-            ((first_gradients(job, model, device, dtype) - wanted).norm() / size).item()
-            for model in (normalized, rounded)
-        )
-    allowed = 2 * peer + SLACK[precision]
+        actual, peer = (first_gradients(job, m, device, dtype) for m in (normalized, rounded))
+    return judge(actual, peer, wanted, precision)
+
+
+def judge(actual: Tensor, peer: Tensor, wanted: Tensor, precision: str) -> float:
+    """The relative error of ``actual``: at most twice that of ``peer`` plus :data:`SLACK`."""
+    size = wanted.norm()
+    error, of_peer = (((x - wanted).norm() / size).item() for x in (actual, peer))
+    allowed = 2 * of_peer + SLACK[precision]
     # Written so that NaN fails.
     assert error <= allowed, f"expected an error <= {allowed:.3g}, got {error:.3g}"
     return error

@@ -112,7 +112,7 @@ class MeanNormalized(MeanOnly, Normalized):
         is_direct = group is None and per_sample > _DIRECT * outputs * self._channels()
         if is_direct and batch.ndim == input.ndim:
             output = self._run(input, weight, None, *args)
-            output, mean = means.center(output, self.gain, self.bias, None, group)
+            output, mean = means.center(output, self.gain, self.bias, None)
         else:
             patches = means.patch_mean(self._as_batch(input), geometry, group)
             bias, mean = means.mean_bias(
