@@ -94,7 +94,7 @@ $(TOOLS): $(CONFIG)
 # `setup.py --version` says what will be built, or in one line why nothing can be.
 define INSTALL
 	$(PY) setup.py --version
-	$(PY) -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[test,demo,dev]'
+	$(PY) -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[test,companions,demo,dev]'
 endef
 # ninja knows what is up to date, and setuptools, which knows less, is not to answer for it.
 BUILD_IN_PLACE = $(PY) setup.py build_ext --inplace --force

@@ -26,3 +26,6 @@ def normalize(
     dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor]:
     """``power_`` (``estimate``, where nothing iterates), then ``scale``: lists are passed once."""
+
+def versions(tensors: Sequence[Tensor]) -> bytes | None:
+    """What changes when a tensor does, as far as torch can tell; None for subclasses and such."""

@@ -10,6 +10,7 @@ variable ``FASTSN_BACKEND`` forces one, and then a call that it cannot serve rai
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -61,6 +62,9 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
         return why_not(name) or f"it does not run on {weight.device}, where the weights are"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode differentiation need the reference"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the flag alone costs more
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX has none of its operators"
     return None
 
 
@@ -81,12 +85,24 @@ def choose(weight: Tensor) -> str:
     return _forced
 
 
+def is_distributed(weight: Tensor) -> bool:
+    """Whether the weight is a DTensor, whose parts are on several ranks."""
+    if type(weight) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(weight, module.DTensor)
+
+
 def select(weights: Sequence[Tensor]) -> ModuleType:
     """The functions that serve these weights, which share device and kind of dtype.
 
     Raises:
         RuntimeError: the forced back-end cannot serve them.
     """
+    if is_distributed(weights[0]):
+        from fastsn import sharded  # not for everybody: it imports torch.distributed.tensor
+
+        return sharded
     # Only complex numbers, devices and transforms decide, and a call does not mix those.
     return reference if choose(weights[0]) == "reference" else ops
 

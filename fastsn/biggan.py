@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsn import functional
+from fastsn import functional, normalizer, placements, recompute
 from fastsn.functional import Call
 
 _STATE = "_fastsn_state"
 
 
-class State:
+class State(normalizer.Normalizer):
     """What marks an instance as taken over. Unpickling it replaces ``W_`` in its class again."""
 
     def __init__(self, owner: type, is_folded: bool = False) -> None:
@@ -31,9 +31,11 @@ class State:
         self.owner = owner
         self.is_folded = is_folded
         self.pending: list[Tensor] = []
+        self.prepare()
+        self.v: Tensor | None = None  # of the last iteration, where the policy is "step"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self.owner, self.is_folded)
+        return State, (self.owner, self.is_folded), {"policy": self.policy}
 
 
 def _replace(owner: Any) -> None:
@@ -70,9 +72,9 @@ def is_taken_over(module: Any) -> bool:
     return state is not None and not state.is_folded
 
 
-def pending(module: Any) -> list[Tensor]:
-    """Where a grouped call leaves the weight for the next read."""
-    return module.__dict__[_STATE].pending
+def state_of(module: Any) -> State:
+    """What fastsn keeps with the layer; in ``pending`` a grouped call leaves the weight."""
+    return module.__dict__[_STATE]
 
 
 def take_over(module: Any) -> None:
@@ -95,10 +97,16 @@ def fold(module: Any) -> None:
 
 def normalized_weight(module: Any) -> Tensor:
     """What ``W_`` returns: the pending weight, or one computed for this layer alone."""
-    if pending(module):
-        return pending(module).pop()
+    own = state_of(module)
+    given = recompute.take(own.pending, own, module.training)
+    if isinstance(given, placements.Unscaled):
+        return given.normalized(module.weight)
+    if given is not None:
+        return given
     u, v, iterations = state(module, module.training)
-    normalized, snapshot = functional.normalize(call(module), [module.weight], u, v, [iterations])
+    normalized, snapshot = own.memory.normalize(
+        call(module), [module.weight], u, v, [iterations], keep=own.policy == "step"
+    )
     keep_sigma(module, snapshot[-1])
     return normalized[0]
 
@@ -109,18 +117,31 @@ def call(module: Any) -> Call:
     return functional.make_call(dims, [1.0], module.eps, True, False, False)
 
 
-def state(module: Any, training: bool) -> tuple[list[Tensor], list[Tensor], int]:
-    """u, v and the iterations of a forward: when training u is updated, v is never kept.
+def vectors(module: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """u, and room for the v that is never kept."""
+    u = module.u0[0]
+    return [u], [u.new_empty(module.weight.numel() // u.numel())]
+
+
+def state(module: Any, training: bool) -> normalizer.State:
+    """u, v and the iterations of a forward; when training u is updated.
 
     Outside training every iteration starts from the same u, so that one does what many do.
     """
-    u = module.u0[0] if training else module.u0[0].clone()
-    v = u.new_empty(module.weight.numel() // u.numel())
-    return [u], [v], module.num_itrs if training else 1
+    own = state_of(module)
+    u, v = vectors(module)
+    iterations = own.iterations(module.weight, training, module.num_itrs)
+    if iterations:
+        own.v = v[0] if own.policy == "step" else None
+    elif training and own.v is not None and own.v.device == u[0].device:
+        return u, [own.v], 0
+    else:
+        return [u[0].clone()], v, 1
+    return u, v, iterations
 
 
 @torch.no_grad()
 def keep_sigma(module: Any, sigma: Tensor) -> None:
     """Writes ``sv0``, in training mode."""
-    if module.training:
+    if module.training and not recompute.is_repeating():
         module.sv0.copy_(sigma)

@@ -6,10 +6,10 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import biggan, grouping, hooks, parametrizations
+from fastsn import biggan, checkpoints, grouping, hooks, parametrizations, pickling
 from fastsn.layers import take_over
 from fastsn.nn.msn import MeanNormalized
 
@@ -39,7 +39,7 @@ def fold(model: T_module) -> T_module:
                 f"expected layers with track_running_stats=True, got {name or 'a layer'} without: "
                 "there is no mean to fold"
             )
-    folded = copy.deepcopy(model)
+    folded = _copy(model)
     take_over(folded)
     for module in folded.modules():
         grouping.remove(module)
@@ -48,7 +48,19 @@ def fold(model: T_module) -> T_module:
         _fold_hooked(module)
         if biggan.is_taken_over(module):
             biggan.fold(module)
+        checkpoints.uninstall(module)
     return folded
+
+
+def _copy(model: T_module) -> T_module:
+    """A deep copy, also where a forward has left tensors behind, which have a graph."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        # Weights that a hook has set, that an RNN has read; what a forward of the user's notes.
+        for left in [*module.__dict__.values(), *getattr(module, "_flat_weights", [])]:
+            if isinstance(left, Tensor) and not left.is_leaf:
+                memo[id(left)] = left.detach()
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
@@ -62,12 +74,12 @@ def _fold_parametrized(module: Any) -> None:
     ]
     before = parametrize.type_before_parametrizations(module)
     if names:
-        parametrizations.rebuild(module, before)
+        pickling.rebuild(module, before)
     for name in names:
         norms = module.parametrizations[name].eval()
         value = norms()
-        is_parameter = isinstance(norms.original, nn.Parameter)
-        requires_grad = norms.original.requires_grad
+        is_parameter = "original" not in norms._buffers
+        requires_grad = any(p.requires_grad for p in norms.parameters(recurse=False))
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         if is_parameter:
             setattr(module, name, nn.Parameter(value, requires_grad))

@@ -91,17 +91,66 @@ def make_call(
     return Call(layers, flat, list(scales), eps, v_first, bound, zero_guard)
 
 
+#: What is done with u and v that do not move, but may be averages of those of several models: such
+#: are shorter than units, sigma would come out too small, and the average of models would blow up.
+#: As they are; made units; made units and iterated WARM_UP times, without being written back.
+AT_REST = ("as they are", "units", "iterated")
+# A larger one may be what made a vector shorter than a unit, and it stays so then.
+_SMALL_EPS = 1e-3
+#: Iterations where u and v start anew, as many as torch does at registration.
+WARM_UP = 15
+
+
+def look_at(call: Call, u: Sequence[Tensor], v: Sequence[Tensor]) -> str:
+    """The member of ``AT_REST`` that these need. Waits for their device."""
+    if call.eps > _SMALL_EPS or u[0].is_meta:
+        return "as they are"
+    lengths = torch.stack([torch.linalg.vector_norm(x).to(torch.float32) for x in (*u, *v)])
+    return "iterated" if bool((lengths < 0.999).any()) else "as they are"
+
+
+def _resting(
+    call: Call, weights: Sequence[Tensor], vectors: Sequence[Tensor], iterations: Sequence[int]
+) -> list[Tensor]:
+    """The vectors of a call, those that do not move made units where they are shorter."""
+    if call.eps > _SMALL_EPS:
+        return list(vectors)
+    resting = [not iterations[layer] for layer in call.layers]
+    wide = reference.accumulate_type(weights[0])
+    chosen = [x.to(wide) for x, rests in zip(vectors, resting, strict=True) if rests]
+    if not chosen:
+        return list(vectors)
+    tiny = torch.finfo(wide).tiny
+    if backends.select(weights) is reference:
+        units = [x / torch.linalg.vector_norm(x).clamp(tiny, 1.0) for x in chosen]
+    else:
+        norms = torch._foreach_clamp_min(torch._foreach_norm(chosen), tiny)
+        units = list(torch._foreach_div(chosen, torch._foreach_clamp_max(norms, 1)))
+    rest = iter(units)
+    return [next(rest) if rests else x for x, rests in zip(vectors, resting, strict=True)]
+
+
 def iterate(
     call: Call,
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
     v: Sequence[Tensor],
     n_power_iterations: Sequence[int],
+    at_rest: str = "units",
 ) -> Tensor:
-    """The snapshot after that many iterations of each weight. Nothing is validated here."""
+    """The snapshot after that many iterations of each weight. Nothing is validated here.
+
+    ``at_rest``, one of ``AT_REST``, is for the weights that do not iterate.
+    """
     backend = backends.select(weights)
+    if at_rest != "as they are":
+        u = _resting(call, weights, u, n_power_iterations)
+        v = _resting(call, weights, v, n_power_iterations)
     if not any(n_power_iterations):
-        return backend.estimate(weights, u, v, call.layers, call.dims)
+        if at_rest != "iterated":
+            return backend.estimate(weights, u, v, call.layers, call.dims)
+        u, v = ([x.clone() for x in vectors] for vectors in (u, v))
+        n_power_iterations = [WARM_UP] * len(weights)
     return backend.power_(
         weights,
         u,
@@ -122,11 +171,12 @@ def normalize(
     v: Sequence[Tensor],
     n_power_iterations: Sequence[int],
     dtype: torch.dtype | None = None,
+    at_rest: str = "units",
 ) -> tuple[list[Tensor], Tensor]:
     """The one path of every variant: (normalized weights, snapshot). Nothing is validated here."""
-    backend = backends.select(weights)
     if (
-        backend is ops
+        backends.select(weights) is ops
+        and (at_rest == "as they are" or all(n_power_iterations))
         and not torch.compiler.is_compiling()
         and not torch.overrides.has_torch_function(weights)
     ):
@@ -135,11 +185,17 @@ def normalize(
             weights, u, v, call.layers, call.dims, n_power_iterations, call.scales, call.eps,
             call.v_first, call.bound, call.zero_guard, dtype,
         )  # fmt: skip
-    snapshot = iterate(call, weights, u, v, n_power_iterations)
-    normalized = backend.scale(
+    snapshot = iterate(call, weights, u, v, n_power_iterations, at_rest)
+    return scale(call, weights, snapshot, dtype), snapshot
+
+
+def scale(
+    call: Call, weights: Sequence[Tensor], snapshot: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The normalized weights out of a snapshot. Nothing is validated here."""
+    return backends.select(weights).scale(
         weights, snapshot, call.layers, call.dims, call.scales, call.bound, call.zero_guard, dtype
     )
-    return normalized, snapshot
 
 
 def normalize_vector(weight: Tensor, eps: float, method: Method) -> Tensor:
@@ -304,7 +360,7 @@ def spectral_norm(
             f"expected {len(call.layers)} u and v, one per matrix, got {len(us)} and {len(vs)}"
         )
     for e, (layer, d) in enumerate(zip(call.layers, call.dims, strict=True)):
-        rows, cols = reference.to_matrix(weights[layer].detach(), d).shape
+        rows, cols = reference.matrix_shape(weights[layer].shape, d)
         _check_vector(us[e], f"u[{e}]", rows, weights[layer])
         _check_vector(vs[e], f"v[{e}]", cols, weights[layer])
 
@@ -340,9 +396,7 @@ def init_vectors(
     u: list[Tensor] = []
     v: list[Tensor] = []
     for d in estimate_dims(weight.shape, dim, norm):
-        for length, vectors in zip(
-            reference.to_matrix(weight.detach(), d).shape, (u, v), strict=True
-        ):
+        for length, vectors in zip(reference.matrix_shape(weight.shape, d), (u, v), strict=True):
             drawn = weight.detach().new_empty(length).normal_(0, 1, generator=generator)
             vectors.append(F.normalize(drawn, dim=0, eps=eps))
     return u, v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import autocast, functional, parametrizations, reference
+from fastsn import autocast, functional, parametrizations, placements, reference
 from fastsn.functional import Call
-from fastsn.layers import Layer, ParametrizedLayer, State, find, take_over
+from fastsn.layers import Layer, ParametrizedLayer, find, take_over
+from fastsn.memory import Memory
+from fastsn.normalizer import State
 
 __all__ = ["accelerate", "refresh", "sigmas"]
 
@@ -28,22 +31,46 @@ class Batch(NamedTuple):
     call: Call
     keeps_sigma: bool
     dtype: torch.dtype | None  # of the normalized weights, if not their own
+    memory: Memory
 
     def run(self, weights: list[Tensor]) -> list[Tensor]:
         """The normalized weights; iterates as the layers' modes say."""
-        states = _joined(layer.step() for layer in self.layers)
-        normalized, snapshot = functional.normalize(self.call, weights, *states, self.dtype)
+        states = _joined(map(_step, self.layers, weights))
+        keep = any(layer.norm.policy == "step" for layer in self.layers)
+        normalized, snapshot = self.memory.normalize(self.call, weights, *states, self.dtype, keep)
         if self.keeps_sigma:
-            sigmas = reference.sigmas_of(snapshot, self.call.layers)
-            for layer, sigma in zip(self.layers, sigmas, strict=True):
-                layer.keep_sigma(sigma)
+            self._keep_sigmas(snapshot)
         return normalized
+
+    def gather(self, weights: list[Tensor]) -> list[placements.Unscaled]:
+        """As :meth:`run`, for weights that are sharded now and perhaps whole when they are read."""
+        u, v, iterations = _joined(map(_step, self.layers, weights))
+        snapshot = self.memory.snapshot(self.call, weights, u, v, iterations)
+        if self.keeps_sigma:
+            self._keep_sigmas(snapshot)
+        return placements.Gathering(self.call, weights, snapshot, self.dtype).parts()
+
+    def _keep_sigmas(self, snapshot: Tensor) -> None:
+        sigmas = reference.sigmas_of(snapshot, self.call.layers)
+        for layer, sigma in zip(self.layers, sigmas, strict=True):
+            layer.keep_sigma(sigma)
 
     def sigmas(self, weights: list[Tensor]) -> list[Tensor]:
         """The sigma of every layer that a forward in eval mode would use; changes nothing."""
-        states = _joined(layer.rest() for layer in self.layers)
-        snapshot = functional.iterate(self.call, weights, *states)
+        u, v, iterations = _joined(map(_rest, self.layers, weights))
+        if any(iterations):
+            snapshot = functional.iterate(self.call, weights, u, v, iterations)
+        else:
+            snapshot = self.memory.estimate(self.call, weights, u, v)
         return reference.sigmas_of(snapshot, self.call.layers)
+
+
+def _step(layer: Layer, weight: Tensor) -> State:
+    return layer.step(weight)
+
+
+def _rest(layer: Layer, weight: Tensor) -> State:
+    return layer.rest(weight)
 
 
 def _joined(states: Iterable[State]) -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -58,7 +85,7 @@ def _joined(states: Iterable[State]) -> tuple[list[Tensor], list[Tensor], list[i
     return u, v, iterations
 
 
-Kind = tuple[torch.device, torch.dtype]
+Kind = tuple[torch.device, torch.dtype, Any]
 Planned = list[tuple[Batch, list[Tensor]]]
 
 
@@ -71,7 +98,7 @@ def _plan(layers: Iterable[Layer], low: torch.dtype | None = None) -> list[Batch
     for layer in layers:
         call, weight = layer.call(), layer.weight()
         assert weight is not None, "a layer that was just found has its weight"
-        kind = (weight.device, reference.accumulate_type(weight))
+        kind = (weight.device, reference.accumulate_type(weight), placements.ranks_of(weight))
         dtype = low if weight.dtype == torch.float32 and layer.casts() else None
         key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard, dtype)
         found.setdefault(key, []).append((layer, call))
@@ -83,7 +110,8 @@ def _plan(layers: Iterable[Layer], low: torch.dtype | None = None) -> list[Batch
             scales=[scale for _, own in members for scale in own.scales],
         )
         keeps_sigma = any(layer.keeps_sigma for layer, _ in members)
-        batches.append(Batch([layer for layer, _ in members], call, keeps_sigma, key[-1]))
+        layers = [layer for layer, _ in members]
+        batches.append(Batch(layers, call, keeps_sigma, key[-1], Memory()))
     return batches
 
 
@@ -98,12 +126,15 @@ class Group:
         self.layers = list(find(self.root))
         self._plans: dict[torch.dtype | None, tuple[list[Batch], list[Kind | None]]] = {}
         for layer in self.layers:
-            if isinstance(layer, ParametrizedLayer):
+            # The compiler changes no class; the way through torch's property serves as well.
+            if isinstance(layer, ParametrizedLayer) and not torch.compiler.is_compiling():
                 parametrizations.install_shortcut(layer.module, layer.tensor_name)
         self._plan(None)
 
     def _plan(self, low: torch.dtype | None) -> tuple[list[Batch], list[Kind | None]]:
-        batches = _plan(self.layers, low)
+        # Those that are split in a way which no call can serve may be gathered when they are read.
+        served = [layer for layer in self.layers if placements.is_supported(layer.weight())]
+        batches = _plan(served, low)
         kinds = [_kind(layer.weight()) for batch in batches for layer in batch.layers]
         self._plans[low] = batches, kinds
         return batches, kinds
@@ -141,7 +172,8 @@ class Group:
             # Left by a forward that was interrupted from outside: no hook has heard of its end.
             self.after(module, args, None)
         for batch, weights in self.batches(self._low()):
-            for layer, weight in zip(batch.layers, batch.run(weights), strict=True):
+            serve = batch.gather if placements.is_distributed(weights[0]) else batch.run
+            for layer, weight in zip(batch.layers, serve(weights), strict=True):
                 layer.put(weight)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -150,6 +182,13 @@ class Group:
             for layer in self.layers:
                 if layer.pending:
                     layer.pending.clear()
+
+
+def _of_its_own(method: Any) -> Any:
+    """The method with a code object of its own: the compiler limits the graphs of each."""
+    function = method.__func__
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return types.MethodType(own, method.__self__)
 
 
 def _is_within_a_root() -> bool:
@@ -165,7 +204,9 @@ def _is_within_a_root() -> bool:
 
 
 def _kind(weight: Tensor | None) -> Kind | None:
-    return None if weight is None else (weight.device, weight.dtype)
+    if weight is None:
+        return None
+    return weight.device, weight.dtype, placements.of(weight)
 
 
 def _groups(module: nn.Module) -> list[tuple[dict[int, Any], int, Group]]:
@@ -188,12 +229,15 @@ def remove(module: nn.Module) -> None:
 
 
 def _batches_of(model: nn.Module) -> Planned:
+    layers = list(find(model))
+    for layer in layers:
+        placements.check(layer.weight(), layer.name)
     for _, _, group in _groups(model):
         if group.root is model:
             return group.batches()
     return [
         (batch, [layer.weight() for layer in batch.layers])  # type: ignore[misc]
-        for batch in _plan(find(model))
+        for batch in _plan(layers)
     ]
 
 
@@ -244,8 +288,8 @@ def accelerate(model: T_module) -> T_module:
             f"fastsn.accelerate found no layer with spectral norm in {type(model).__name__}",
             stacklevel=2,
         )
-    model.register_forward_pre_hook(group.before, prepend=True)
-    model.register_forward_hook(group.after, always_call=True)
+    model.register_forward_pre_hook(_of_its_own(group.before), prepend=True)
+    model.register_forward_hook(_of_its_own(group.after), always_call=True)
     return model
 
 

@@ -20,8 +20,9 @@ from torch.nn.utils.spectral_norm import (
 )
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
-from fastsn import functional
+from fastsn import checkpoints, functional, normalizer, placements, recompute
 from fastsn.functional import Method
+from fastsn.normalizer import Normalizer, State
 from fastsn.parametrizations import default_dim
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 T_module = TypeVar("T_module", bound=nn.Module)
 
 
-class SpectralNorm(TorchHook):
+class SpectralNorm(Normalizer, TorchHook):
     """The forward pre-hook: sets ``module.<name>`` to the normalized weight before each forward.
 
     Subclasses may override :meth:`compute_weight`, :meth:`reshape_weight_to_matrix` or
@@ -47,7 +48,7 @@ class SpectralNorm(TorchHook):
     # The weight that this hook has set last.
     _latest: Tensor | None = None
     # Not empty when a grouped call has set the weight for the next forward.
-    _pending: list[bool] | tuple[()] = ()
+    _pending: list[Any] | tuple[()] = ()
 
     @classmethod
     def apply(
@@ -60,23 +61,37 @@ class SpectralNorm(TorchHook):
         method: Method = functional.SN,
     ) -> SpectralNorm:
         """Registers the hook; see :func:`spectral_norm` for what can go wrong."""
-        hook: Any = TorchHook.apply(module, name, n_power_iterations, dim, eps)
+        owner = placements.owner_of(module._parameters.get(name))
+        with placements.drawable(module, name):
+            hook: Any = TorchHook.apply(module, name, n_power_iterations, dim, eps)
+        placements.moved(owner, (module, name), (module, f"{name}_orig"))
         hook.__class__ = cls
         hook.method = method
         weight = getattr(module, f"{name}_orig")
         for other in functional.estimate_dims(weight.shape, dim, method.norm)[1:]:
-            (u,), (v,) = functional.init_vectors(weight, dim=other, eps=eps)
+            drawn_like = placements.stand_in(weight)
+            (u,), (v,) = functional.init_vectors(drawn_like, dim=other, eps=eps)
             module.register_buffer(f"{name}_u2", u)
             module.register_buffer(f"{name}_v2", v)
+        if placements.is_distributed(weight):
+            u, v = hook.vectors(module)
+            placements.agree(weight, u + v)
+        hook.was_meta = weight.is_meta
+        hook.prepare()
+        checkpoints.install(module)
         return hook
 
     def vectors(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """(u, v), one of each per estimate."""
-        u, v = [getattr(module, f"{self.name}_u")], [getattr(module, f"{self.name}_v")]
-        if self.method.norm != "matrix" and hasattr(module, f"{self.name}_u2"):
-            u.append(getattr(module, f"{self.name}_u2"))
-            v.append(getattr(module, f"{self.name}_v2"))
-        return u, v
+        """(u, v), one of each per estimate, in fp32 also where the module was made narrower."""
+        return normalizer.vectors_in(module._buffers, self.name)
+
+    def state(self, module: nn.Module, training: bool) -> State:
+        """u, v and the iterations of the forward that comes now."""
+        weight = getattr(module, f"{self.name}_orig")
+        u, v = self.vectors(module)
+        if self.was_meta:
+            self.settle(self.call(weight.shape), weight, u, v)
+        return u, v, self.iterations(weight, training, self.n_power_iterations)
 
     def call(self, shape: torch.Size) -> functional.Call:
         """The constants of a call for a weight of this shape."""
@@ -89,15 +104,22 @@ class SpectralNorm(TorchHook):
 
         u and v are updated in place, in the buffers' own storage: ``DataParallel`` relies on it.
         """
+        weight = getattr(module, f"{self.name}_orig", None)
+        if weight is None:
+            raise RuntimeError(
+                f"expected {self.name}_orig in {type(module).__name__}: this hook was moved to "
+                "another module, as quantize_dynamic does. Quantize fastsn.fold(model)"
+            )
         if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
             # A subclass with a matrix of its own: only torch's formula knows no more than that.
-            return super().compute_weight(module, do_power_iteration)
-        weight = getattr(module, f"{self.name}_orig")
-        iterations = self.n_power_iterations if do_power_iteration else 0
-        u, v = self.vectors(module)
-        return functional.normalize(self.call(weight.shape), [weight], u, v, [iterations])[0][0]
+            iterates = self.iterations(weight, do_power_iteration, self.n_power_iterations) > 0
+            return super().compute_weight(module, iterates)
+        u, v, iterations = self.state(module, do_power_iteration)
+        return self.memory.normalize(
+            self.call(weight.shape), [weight], u, v, [iterations], keep=self.policy == "step"
+        )[0][0]
 
-    def own_pending(self) -> list[bool]:
+    def own_pending(self) -> list[Any]:
         """The list by which a grouped call tells that it has set the weight."""
         if not isinstance(self._pending, list):
             self._pending = []
@@ -110,18 +132,27 @@ class SpectralNorm(TorchHook):
 
     def remove(self, module: nn.Module) -> None:
         """Replaces the hook's attributes by a plain parameter that holds the normalized weight."""
+        weight = getattr(module, f"{self.name}_orig")
+        owner = placements.owner_of(weight)
+        placements.check_is_sharded(owner, weight)
         super().remove(module)
+        placements.moved(owner, (module, f"{self.name}_orig"), (module, self.name))
+        if owner is not None:
+            owner.reset_sharded_param()
         for suffix in ("_u2", "_v2"):
             module._buffers.pop(self.name + suffix, None)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if self._pending:
-            self._pending.pop()
-            return
-        self.set_weight(module, self.compute_weight(module, do_power_iteration=module.training))
+        weight = recompute.take(self._pending, self, module.training)
+        if weight is None:
+            weight = self.compute_weight(module, do_power_iteration=module.training)
+        elif isinstance(weight, placements.Unscaled):
+            weight = weight.normalized(getattr(module, f"{self.name}_orig"))
+        self.set_weight(module, weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_latest", "_pending")}
+        passing = ("_latest", "_pending")
+        return {k: v for k, v in self.__dict__.items() if k not in passing}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         # After a forward the module's weight has a graph behind it and refuses to be copied. The
@@ -161,6 +192,7 @@ def spectral_norm(
     ``<name>_v`` in place; in eval mode none. There is no warm-up. Gradients flow through W and
     sigma, with u and v constant. Unlike torch's, a forward in eval mode followed by one in training
     mode may be followed by the backward of both, and a module can be deep-copied after a forward.
+    Checkpoints of every form load, see :func:`fastsn.convert_state_dict`.
 
     Args:
         module: the module that holds the parameter.
@@ -180,6 +212,8 @@ def spectral_norm(
         ValueError: the parameter is None or uninitialized, ``n_power_iterations`` < 1, an unknown
             norm or a scale that is not finite and positive.
         RuntimeError: the parameter has a spectral norm hook already, or ``dim`` is out of range.
+        Sharded weights: as :func:`fastsn.parametrizations.spectral_norm`. ``RowwiseParallel`` must
+        come before this call, as the attribute ``<name>`` is in its way.
         The module is unchanged then.
 
     Warns:
@@ -198,6 +232,7 @@ def spectral_norm(
     method = functional.check_method(norm, scale, bound, zero_guard)
     if dim is None:
         dim = default_dim(module)
+    placements.check(module._parameters.get(name), f"{name} of {type(module).__name__}")
     SpectralNorm.apply(module, name, n_power_iterations, dim, eps, method)
     if isinstance(module, NonDynamicallyQuantizableLinear):
         warnings.warn(
@@ -229,4 +264,5 @@ def remove_spectral_norm(module: T_module, name: str = "weight") -> T_module:
         hook = getattr(registered, "hook", registered)
         if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn.name == name:
             del module._load_state_dict_pre_hooks[key]
+    checkpoints.uninstall(module)
     return module

@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
 
-from fastsn import autocast, biggan, hooks, parametrizations
+from fastsn import autocast, biggan, checkpoints, hooks, parametrizations, pickling, placements
 from fastsn.functional import Call
+from fastsn.normalizer import State
 
 __all__ = ["Layer", "find", "take_over"]
-
-# u and v, one of each per estimate, and a number of power iterations.
-State = tuple[list[Tensor], list[Tensor], int]
 
 
 class Layer(Protocol):
@@ -29,6 +28,7 @@ class Layer(Protocol):
 
     name: str  # of the weight, such as "conv1.weight"
     module: Any
+    norm: Any  # its Normalizer
     pending: list[Any]  # not empty between :meth:`put` and the read that finds the weight
     keeps_sigma: bool
 
@@ -41,13 +41,16 @@ class Layer(Protocol):
     def weight(self) -> Tensor | None:
         """The parameter, or None if the model no longer normalizes it in this way."""
 
-    def step(self) -> State:
+    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """u and v themselves; those that the layer does not keep, without values."""
+
+    def step(self, weight: Tensor) -> State:
         """u, v and the iterations of the next forward; u and v are updated in place."""
 
-    def rest(self) -> State:
+    def rest(self, weight: Tensor) -> State:
         """u, v and the iterations of a forward in eval mode; nothing that the layer keeps moves."""
 
-    def put(self, weight: Tensor) -> None:
+    def put(self, weight: Any) -> None:
         """Hands the layer its normalized weight for the next read."""
 
     def keep_sigma(self, sigma: Tensor) -> None:
@@ -84,23 +87,26 @@ class ParametrizedLayer:
             lists is None
             or lists._modules.get(self.tensor_name) is not self.list
             or self.list._modules.get("0") is not self.norm
+            or _is_watched(self.list, self.norm)
         ):
             return None
         original = self.list._parameters.get("original")
         return self.list.original if original is None else original
 
-    def step(self) -> State:
-        norm = self.norm
+    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.norm.vectors()
+
+    def step(self, weight: Tensor) -> State:
         # Within parametrize.cached() a weight that was read before is not computed again.
-        iterates = norm.training and not (
+        iterates = self.norm.training and not (
             parametrize._cache_enabled and (id(self.module), self.tensor_name) in parametrize._cache
         )
-        return *norm.vectors(), norm.n_power_iterations if iterates else 0
+        return self.norm.state(weight, iterates)
 
-    def rest(self) -> State:
-        return *self.norm.vectors(), 0
+    def rest(self, weight: Tensor) -> State:
+        return self.norm.state(weight, False)
 
-    def put(self, weight: Tensor) -> None:
+    def put(self, weight: Any) -> None:
         self.pending.append(weight)
 
     def keep_sigma(self, sigma: Tensor) -> None:
@@ -121,7 +127,7 @@ class HookedLayer:
     def __init__(self, name: str, module: Any, hook: hooks.SpectralNorm) -> None:
         self.name = name
         self.module = module
-        self.hook = hook
+        self.hook = self.norm = hook
         self.pending = hook.own_pending()
 
     def casts(self) -> bool:
@@ -135,18 +141,26 @@ class HookedLayer:
             return None
         return getattr(self.module, f"{self.hook.name}_orig")
 
-    def step(self) -> State:
-        iterations = self.hook.n_power_iterations if self.module.training else 0
-        return *self.hook.vectors(self.module), iterations
+    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.hook.vectors(self.module)
 
-    def rest(self) -> State:
-        return *self.hook.vectors(self.module), 0
+    def step(self, weight: Tensor) -> State:
+        return self.hook.state(self.module, self.module.training)
 
-    def put(self, weight: Tensor) -> None:
+    def rest(self, weight: Tensor) -> State:
+        return self.hook.state(self.module, False)
+
+    def put(self, weight: Any) -> None:
         # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
         # out_proj without calling it, and no hook runs.
-        self.hook.set_weight(self.module, weight)
-        self.pending.append(True)
+        if not isinstance(weight, placements.Unscaled):
+            self.hook.set_weight(self.module, weight)
+        elif isinstance(self.module, NonDynamicallyQuantizableLinear):
+            raise RuntimeError(
+                f"{self.name} is sharded by fully_shard, and MultiheadAttention reads it without "
+                "running hooks: use fastsn.parametrizations.spectral_norm instead"
+            )
+        self.pending.append(weight)
 
     def keep_sigma(self, sigma: Tensor) -> None:
         pass
@@ -163,7 +177,8 @@ class BigGanLayer:
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
-        self.pending = biggan.pending(module)
+        self.norm = biggan.state_of(module)
+        self.pending = self.norm.pending
 
     def casts(self) -> bool:
         return False  # somebody else's forward
@@ -174,13 +189,16 @@ class BigGanLayer:
     def weight(self) -> Tensor | None:
         return self.module.weight
 
-    def step(self) -> State:
+    def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
+        return biggan.vectors(self.module)
+
+    def step(self, weight: Tensor) -> State:
         return biggan.state(self.module, self.module.training)
 
-    def rest(self) -> State:
+    def rest(self, weight: Tensor) -> State:
         return biggan.state(self.module, False)
 
-    def put(self, weight: Tensor) -> None:
+    def put(self, weight: Any) -> None:
         self.pending.append(weight)
 
     def keep_sigma(self, sigma: Tensor) -> None:
@@ -196,20 +214,41 @@ def take_over(model: nn.Module) -> None:
     Objects of torch's exact classes change their class; subclasses are somebody else's and stay.
     """
     for module in model.modules():
+        taken: Any = module
         if type(module) is _TorchParametrization:
-            module.__class__ = parametrizations._SpectralNorm
+            taken.__class__ = parametrizations._SpectralNorm
+            taken.was_meta = any(vector.is_meta for vector in module.buffers())
+            taken.prepare()
         for hook in module._forward_pre_hooks.values():
             if type(hook) is hooks.TorchHook:
-                hook.__class__ = hooks.SpectralNorm
+                taken = hook
+                taken.__class__ = hooks.SpectralNorm
+                taken.was_meta = getattr(module, f"{hook.name}_u").is_meta
+                taken.prepare()
         if biggan.is_similar(module):
             biggan.take_over(module)
+        if parametrize.is_parametrized(module):
+            pickling.allow(module)
+    # Afterwards: a layer comes before the parametrization that makes it one of fastsn's.
+    for module in model.modules():
+        checkpoints.install(module)
+
+
+def _is_watched(norms: Any, norm: Any) -> bool:
+    """Whether hooks are to run with the parametrizations, as those that prune a weight do."""
+    return bool(
+        norms._forward_pre_hooks
+        or norms._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._forward_hooks
+    )
 
 
 def find(model: nn.Module) -> Iterator[Layer]:
     """The layers of a model that a grouped call can serve, each once, in the order of its modules.
 
-    Left out are those that a call for many cannot help: 1-D weights, whose norm is exact, and
-    weights that another parametrization has changed before.
+    Left out are those that a call for many cannot help: 1-D weights, whose norm is exact, weights
+    that another parametrization has changed before, and those whose parametrization has hooks.
     """
     module: Any
     for prefix, module in model.named_modules():
@@ -217,7 +256,8 @@ def find(model: nn.Module) -> Iterator[Layer]:
         if parametrize.is_parametrized(module):
             for tensor_name, norms in module.parametrizations.items():
                 if isinstance(norms[0], parametrizations._SpectralNorm) and norms.original.ndim > 1:
-                    yield ParametrizedLayer(path + tensor_name, module, tensor_name)
+                    if not _is_watched(norms, norms[0]):
+                        yield ParametrizedLayer(path + tensor_name, module, tensor_name)
         for hook in module._forward_pre_hooks.values():
             if type(hook) is hooks.SpectralNorm:
                 yield HookedLayer(path + hook.name, module, hook)

@@ -26,6 +26,7 @@ __all__ = [
     "power_",
     "scale",
     "scale_backward",
+    "versions",
 ]
 
 power_ = torch.ops.fastsn.power_.default
@@ -36,6 +37,7 @@ patch_mean = torch.ops.fastsn.patch_mean.default
 patch_mean_backward = torch.ops.fastsn.patch_mean_backward.default
 mean_bias = torch.ops.fastsn.mean_bias.default
 normalize = _C.normalize
+versions = _C.versions
 
 
 def _snapshot_like(weights: Sequence[Tensor], layers: Sequence[int], dims: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ the class below *is* a torch ``_SpectralNorm``, with the arithmetic replaced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,42 +14,27 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchSpectralNorm
 
-from fastsn import autocast, backends, functional
+from fastsn import (
+    autocast,
+    checkpoints,
+    functional,
+    memory,
+    normalizer,
+    pickling,
+    placements,
+    recompute,
+)
 from fastsn.functional import Method
+from fastsn.normalizer import Normalizer, State
 
 __all__ = ["spectral_norm"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WARM_UP = 15  # iterations at registration, as in torch
 
 
 def default_dim(module: nn.Module) -> int:
     """The dimension of a weight that counts outputs: 1 for transposed convolutions, else 0."""
     return 1 if isinstance(module, _TRANSPOSED) else 0
-
-
-def rebuild(module: Any, plain: type[nn.Module]) -> None:
-    """Gives a parametrized module a parametrized class of its own, made from its class before.
-
-    A copy shares the class of what it was copied from, and removing a parametrization takes the
-    property out of that class: it would break the other. A pickle has no such class at all.
-    """
-    lists = module._modules.pop("parametrizations")
-    module.__class__ = plain
-    modes = {id(child): child.training for child in lists.modules()}
-    for name, old in lists.items():
-        if isinstance(old.original, nn.Parameter):
-            module._parameters[name] = old.original
-        else:
-            module._buffers[name] = old.original
-        for parametrization in old:
-            # unsafe: nothing is evaluated, so that nothing iterates.
-            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-            for child in parametrization.modules():
-                child.training = modes[id(child)]
-        module.parametrizations[name].unsafe = old.unsafe
-        module.parametrizations[name].training = old.training
-    module.parametrizations.training = lists.training
 
 
 def install_shortcut(module: nn.Module, name: str) -> None:
@@ -57,7 +43,10 @@ def install_shortcut(module: nn.Module, name: str) -> None:
     Torch's property calls two modules and catches an exception, which costs more than normalizing a
     small weight. Everything but the first read after a grouped call still goes that way.
     """
-    read = getattr(type(module), name)
+    pickling.allow(module)
+    placements.install(module)
+    cls = placements.parametrized_class(module)
+    read = getattr(cls, name)
     if read.fget.__name__ == "get_pending":
         return
 
@@ -67,16 +56,17 @@ def install_shortcut(module: nn.Module, name: str) -> None:
         # A copy of the module from before has the same class, and perhaps torch's own norm in it.
         pending = getattr(norms["0"], "pending", ()) if len(norms) == 1 else ()
         if pending and not parametrize._cache_enabled:
-            weight = pending.pop()
+            norm = norms["0"]
+            weight = recompute.take(pending, norm, norm.training)
             if weight.dtype is torch.float32:
                 return weight
-            return norms["0"].settled(weight, weights.original)
+            return norm.settled(weight, weights.original)
         return read.fget(self)
 
-    setattr(type(module), name, property(get_pending, read.fset))
+    setattr(cls, name, property(get_pending, read.fset))
 
 
-class _SpectralNorm(_TorchSpectralNorm):
+class _SpectralNorm(Normalizer, _TorchSpectralNorm):
     # Class attributes: an object of torch's class becomes one of this by changing its class.
     method = functional.SN
     # The weight that a grouped call has computed for the next read, in an accelerated model.
@@ -90,21 +80,38 @@ class _SpectralNorm(_TorchSpectralNorm):
         eps: float = 1e-12,
         method: Method = functional.SN,
     ) -> None:
-        # Set first: torch's constructor draws u and v and runs the warm-up, which needs it.
+        nn.Module.__init__(self)
         self.method = method
-        super().__init__(weight, n_power_iterations, dim, eps)
-        for other in functional.estimate_dims(weight.shape, self.dim, method.norm)[1:]:
-            (u,), (v,) = functional.init_vectors(weight, dim=other, eps=eps)
-            self._warm_up(weight, u, v, other, _WARM_UP, v_first=True)
-            self.register_buffer("_u2", u)
-            self.register_buffer("_v2", v)
+        ndim = weight.ndim
+        if not -ndim <= dim < ndim:
+            raise IndexError(
+                "Dimension out of range (expected to be in range of "
+                f"[-{ndim}, {ndim - 1}] but got {dim})"
+            )
+        if n_power_iterations <= 0:
+            raise ValueError(
+                "Expected n_power_iterations to be positive, but "
+                f"got n_power_iterations={n_power_iterations}"
+            )
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise RuntimeError(f"expected a floating-point or complex weight, got {weight.dtype}")
+        self.dim, self.eps = dim % ndim, eps
+        if ndim > 1:
+            self.n_power_iterations = n_power_iterations
+            drawn_like = placements.stand_in(weight)
+            dims = functional.estimate_dims(weight.shape, self.dim, method.norm)
+            for own_dim, suffix in zip(dims, ("", "2"), strict=False):
+                (u,), (v,) = functional.init_vectors(drawn_like, dim=own_dim, eps=eps)
+                self.register_buffer(f"_u{suffix}", u)
+                self.register_buffer(f"_v{suffix}", v)
+            placements.agree(weight, list(self.buffers()))
+            self.adapt(weight)
+        self.was_meta = weight.is_meta
+        self.prepare()
 
     def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(u, v), one of each per estimate."""
-        buffers: dict[str, Any] = self._buffers
-        if "_u2" in buffers:
-            return [buffers["_u"], buffers["_u2"]], [buffers["_v"], buffers["_v2"]]
-        return [buffers["_u"]], [buffers["_v"]]
+        """(u, v), one of each per estimate, in fp32 also where torch has made them narrower."""
+        return normalizer.vectors_in(self._buffers, "")
 
     def call(self, shape: torch.Size) -> functional.Call:
         """The constants of a call for a weight of this shape."""
@@ -115,37 +122,51 @@ class _SpectralNorm(_TorchSpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return functional.normalize_vector(weight, self.eps, self.method)
-        if self.pending:
-            return self.settled(self.pending.pop(), weight)
-        iterations = self.n_power_iterations if self.training else 0
-        u, v = self.vectors()
-        return functional.normalize(self.call(weight.shape), [weight], u, v, [iterations])[0][0]
+        given = recompute.take(self.pending, self, self.training)
+        if given is not None:
+            return self.settled(given, weight)
+        u, v, iterations = self.state(weight, self.training)
+        return self.memory.normalize(
+            self.call(weight.shape), [weight], u, v, [iterations], keep=self.policy == "step"
+        )[0][0]
 
-    def settled(self, normalized: Tensor, weight: Tensor) -> Tensor:
+    def state(self, weight: Tensor, training: bool) -> State:
+        """u, v and the iterations of the forward that comes now."""
+        u, v = self.vectors()
+        if self.was_meta:
+            self.settle(self.call(weight.shape), weight, u, v)
+        return u, v, self.iterations(weight, training, self.n_power_iterations)
+
+    def train(self, mode: bool = True) -> Any:
+        memory.begin_era()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, after in self._buffers.items():
+            # half() and its like round weights, but not u and v
+            if after is not None and after.dtype in normalizer.NARROW and not before[name].is_meta:
+                self._buffers[name] = before[name].to(after.device, torch.float32)
+        return self
+
+    def settled(self, normalized: Tensor | placements.Unscaled, weight: Tensor) -> Tensor:
         """A pending weight, which may be in autocast's type, in the type that is right for its use.
 
+        Where the weight was sharded when the group was served, it is normalized here.
         Where autocast has been turned off in between, it is computed again with the same u and v.
         """
+        if isinstance(normalized, placements.Unscaled):
+            normalized = normalized.normalized(weight)
         if autocast.fits(normalized, weight):
             return normalized
-        u, v = self.vectors()
-        return functional.normalize(self.call(weight.shape), [weight], u, v, [0])[0][0]
-
-    def _power_method(self, weight_mat: Tensor, n_power_iterations: int) -> None:
-        self._warm_up(weight_mat, self._u, self._v, 0, n_power_iterations, v_first=False)
-
-    def _warm_up(
-        self, weight: Tensor, u: Tensor, v: Tensor, dim: int, iterations: int, v_first: bool
-    ) -> None:
-        weights = [weight.detach()]
-        backends.select(weights).power_(
-            weights, [u], [v], [0], [dim], [iterations], self.eps, v_first, self.method.zero_guard
-        )
+        call = self.call(weight.shape)
+        return self.memory.normalize(call, [weight], *self.vectors(), [0])[0][0]
 
     @torch.no_grad()
     def adapt(self, weight: Tensor) -> None:
         """Iterates u and v for a new weight, as often as at registration."""
-        functional.iterate(self.call(weight.shape), [weight], *self.vectors(), [_WARM_UP])
+        functional.iterate(self.call(weight.shape), [weight], *self.vectors(), [functional.WARM_UP])
 
     def extra_repr(self) -> str:
         shown = {"dim": self.dim, "eps": self.eps}
@@ -182,7 +203,12 @@ def spectral_norm(
 
     In training mode **every read** of ``module.<name>`` performs ``n_power_iterations`` steps (u,
     then v) and updates the buffers ``_u`` and ``_v`` in place; in eval mode none. 15 steps are done
-    at registration. Gradients flow through W and sigma, with u and v constant.
+    at registration. Gradients flow through W and sigma, with u and v constant. Checkpoints of every
+    form load, see :func:`fastsn.convert_state_dict`.
+
+    The weight may be sharded, before or after this call, by FSDP2 (``fully_shard``) or tensor
+    parallel (``parallelize_module``): a DTensor is normalized where its parts lie, which all ranks
+    must do together, and gives a DTensor. u and v are whole and equal on every rank.
 
     Args:
         module: the module that holds the parameter.
@@ -202,8 +228,11 @@ def spectral_norm(
 
     Raises:
         ValueError: no parameter or buffer of that name, ``n_power_iterations`` < 1, an unknown norm
-            or a scale that is not finite and positive.
+            or a scale that is not finite and positive; a DTensor that is not replicated or split
+            along one dimension of its mesh.
         IndexError: ``dim`` out of range.
+        RuntimeError: a weight of ``fully_shard`` in a version of torch that keeps them in another
+            way than those known here: normalize before.
         The module is unchanged then.
 
     Example::
@@ -221,7 +250,13 @@ def spectral_norm(
         raise ValueError(f"Module '{module}' has no parameter or buffer with name '{name}'")
     if dim is None:
         dim = default_dim(module)
+    placements.check(weight, f"{name} of {type(module).__name__}")
+    owner = placements.owner_of(weight)
     parametrize.register_parametrization(
         module, name, _SpectralNorm(weight, n_power_iterations, dim, eps, method)
     )
+    placements.moved(owner, (module, name), (module.parametrizations[name], "original"))  # type: ignore
+    pickling.allow(module)
+    placements.install(module)
+    checkpoints.install(module)
     return module

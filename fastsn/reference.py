@@ -36,10 +36,14 @@ def full_precision(weight: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
+def matrix_shape(shape: torch.Size, dim: int) -> tuple[int, int]:
+    """(rows, cols) of the matrix whose rows are the slices along ``dim`` of a weight."""
+    return shape[dim], shape[:dim].numel() * shape[dim + 1 :].numel()
+
+
 def to_matrix(weight: Tensor, dim: int) -> Tensor:
     """The matrix whose rows are the slices of ``weight`` along ``dim``."""
-    rows = weight.movedim(dim, 0)
-    return rows.reshape(rows.shape[0], rows[0].numel() if rows.shape[0] else rows.shape[1:].numel())
+    return weight.movedim(dim, 0).reshape(matrix_shape(weight.shape, dim))
 
 
 def from_matrix(matrix: Tensor, shape: torch.Size, dim: int) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerated import Calls, assert_same_steps, calls_of, chain, chain_input, fused, pair, step
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch_peers import (
     FASTSN_HOOK,
     FASTSN_PARAMETRIZED,
@@ -483,34 +482,6 @@ def test_branches_with_a_backward_each(form):
             output.square().sum().backward()
     gradients = [[p.grad for p in model.parameters()] for model in (plain, fast)]
     torch.testing.assert_close(gradients[1], gradients[0])
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, form, use_reentrant):
-        super().__init__()
-        self.layers = chain(form)
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        # Reentrant checkpoints backpropagate only where an input requires a gradient.
-        return checkpoint(self.layers, x.requires_grad_(), use_reentrant=self.use_reentrant)
-
-
-@double
-@each_form
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_activation_checkpoints(form, use_reentrant, training):
-    """A recomputation reads the weights again, and iterates again as without acceleration."""
-    plain, fast = pair(Checkpointed, form, use_reentrant)
-    x = chain_input()
-    for _ in range(2):
-        expected, actual = (step(model.train(training), x) for model in (plain, fast))
-        if training and not use_reentrant:
-            # torch differentiates the recomputed sigma there, fastsn always that of the forward.
-            for name, _ in plain.named_parameters():
-                assert expected.pop(f"{name}.grad").any() and actual.pop(f"{name}.grad").any()
-        torch.testing.assert_close(actual, expected)
 
 
 @each_form

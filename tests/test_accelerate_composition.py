@@ -92,7 +92,10 @@ def test_casting_afterwards(form):
     plain.double(), fast.double()
     assert_same_steps(plain, fast, x.double())
     assert calls_of(lambda: fast.bfloat16()(x.bfloat16())) == fused(3)
-    assert {value.dtype for value in fast.state_dict().values()} == {torch.bfloat16}
+    # u and v stay in what fits sigma, which is fp32 at least.
+    state = fast.state_dict()
+    vectors = [value for name, value in state.items() if name.endswith(("_u", "_v"))]
+    assert {vector.dtype for vector in vectors} <= {torch.float32, torch.float64}
 
 
 @double

@@ -29,6 +29,8 @@ from torch_peers import (
     twins,
 )
 
+from fastsn import checkpoints
+
 
 def vectors(module, name="weight"):
     return FASTSN_HOOK.vectors(module, name)
@@ -61,7 +63,9 @@ def test_registration_layout(form, requires_grad):
     assert module.weight.stride() == weight.stride() and not module.weight.requires_grad
     assert [type(hook) for hook in module._forward_pre_hooks.values()] == [form.SpectralNorm]
     assert [type(hook) for hook in module._state_dict_hooks.values()] == [form.StateDictHook]
-    assert len(module._load_state_dict_pre_hooks) == 1
+    own = [checkpoints.load] if form is FASTSN_HOOK else []
+    loading = [hook.hook for hook in module._load_state_dict_pre_hooks.values()]
+    assert loading[:-1] == own and isinstance(loading[-1], form.LoadStateDictPreHook)
 
 
 @each_layer

@@ -106,7 +106,7 @@ def test_fresh_machine(checkout: Checkout) -> None:
         "-m pip install setuptools>=77 wheel ninja pybind11",
     ]
     assert calls[-1] == "-m pytest"
-    package = next(i for i, call in enumerate(calls) if "-e .[test,demo,dev]" in call)
+    package = next(i for i, call in enumerate(calls) if "-e .[test,companions,demo,dev]" in call)
     assert "--no-build-isolation -c .venv/constraints.txt" in calls[package]
     assert (checkout.folder / ".venv" / "constraints.txt").read_text() == "torch==0.0\n"
     lint = [
@@ -146,7 +146,7 @@ def test_changed_requirements_are_installed(checkout: Checkout) -> None:
     checkout.make("build")
     checkout.change(checkout.folder / "pyproject.toml")
     calls = checkout.make("build")
-    assert any("-e .[test,demo,dev]" in call for call in calls)
+    assert any("-e .[test,companions,demo,dev]" in call for call in calls)
     assert "-m venv .venv" not in calls
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn import functional, parametrizations, reference
+from fastsn import checkpoints, forms, functional, reference
 
 #: The entries of a batch norm's state dict.
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _ORIGINAL = "parametrizations.weight.original"
-_VECTORS = "parametrizations.weight.0."
 #: torch's default, where nobody knows the eps of the batch norm that a file is of.
 _EPS = 1e-5
 
@@ -65,36 +64,21 @@ def factor(norm: Any, weight: Tensor, u: list[Tensor], v: list[Tensor]) -> float
 
 
 def load_weight(layer: Any, state: dict[str, Any], prefix: str) -> float:
-    """Brings the weight of a plain or normalized layer into the form of the parametrization.
+    """Brings the weight of a layer, in whatever form, into that of the parametrization.
 
-    Where u and v are not there, those of the layer are put in, iterated for the new weight as at
-    registration. Returns f in ``normalized weight = f * weight of that layer in eval mode``.
+    Returns f in ``normalized weight = f * weight of that layer in eval mode``: 1, unless the weight
+    was a plain one.
     """
-    is_plain = prefix + "weight_orig" not in state and prefix + "weight" in state
-    names = {"weight" if is_plain else "weight_orig": _ORIGINAL}
-    if not is_plain:
-        state.pop(prefix + "weight", None)  # what a hook of old computed last
-        names |= {f"weight_{name}": f"{_VECTORS}_{name}" for name in ("u", "v", "u2", "v2")}
-    for name, new in names.items():
-        if prefix + name in state:
-            state[prefix + new] = state.pop(prefix + name)
-
+    found = forms.read(state, prefix, "weight")
+    checkpoints.load(layer, state, prefix)
     original, norm = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
-    weight = state.get(prefix + _ORIGINAL)
-    # Whatever does not fit, torch reports in its own words.
-    if weight is None or weight.shape != original.shape or original.is_meta:
+    if found is None or found.form != "plain" or found.roles["weight"].shape != original.shape:
         return 1.0
-    weight = weight.detach().to(original)
-    u, v = ([vector.clone() for vector in vectors] for vectors in norm.vectors())
-    keys = [[f"{prefix}{_VECTORS}_{name}{i}" for name in "uv"] for i in ("", 2)][: len(u)]
-    missing = [not all(key in state for key in pair) for pair in keys]
-    if any(missing):
-        steps = [parametrizations._WARM_UP]
-        functional.iterate(norm.call(weight.shape), [weight], u, v, steps)
-    for pair, vectors, is_missing in zip(keys, zip(u, v, strict=True), missing, strict=True):
-        if is_missing:
-            state.update(zip(pair, vectors, strict=True))
-    return factor(norm, weight, u, v) if is_plain else 1.0
+    vectors = forms.look(state, "parametrization", prefix, "weight").roles
+    u, v = (
+        [vectors[role] for role in pair if role in vectors] for pair in (("u", "u2"), ("v", "v2"))
+    )
+    return factor(norm, found.roles["weight"].detach().to(original), u, v)
 
 
 def load_layer(layer: Any, state: dict[str, Any], prefix: str) -> None:

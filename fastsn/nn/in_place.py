@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
 
-from fastsn import autocast, functional, hooks, parametrizations
+from fastsn import autocast, functional, hooks, parametrizations, pickling
 from fastsn.means import Group
 from fastsn.nn import msn
 from fastsn.nn.modules import Normalized
@@ -116,7 +116,7 @@ def to_msn(
     found = _unhook(layer)
     if parametrize.is_parametrized(layer):
         layer.parametrizations.weight[0].__class__ = parametrizations._SpectralNorm
-        parametrizations.rebuild(layer, cls)
+        pickling.rebuild(layer, cls)
     else:
         layer.__class__ = cls
         if found is not None:

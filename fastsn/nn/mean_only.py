@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsn import means, reference
+from fastsn import means, recompute, reference
 from fastsn.means import Group
 from fastsn.nn import checkpoints
 
@@ -83,6 +83,8 @@ class MeanOnly:
         """Moves the running mean; where the mean of a batch is not finite, it stays."""
         if not self.training or self.running_mean is None or self.num_batches_tracked is None:
             return
+        if recompute.is_repeating():
+            return  # it moved in the forward that is repeated now
         running = self.running_mean
         self.num_batches_tracked.add_(1)
         step: Any = self.momentum

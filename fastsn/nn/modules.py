@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastsn import parametrizations
+from fastsn import parametrizations, pickling
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -20,7 +19,8 @@ class Normalized:
 
     ``weight`` is the normalized weight (reading it in training mode iterates, see
     :func:`fastsn.parametrizations.spectral_norm`), the parameter is
-    ``parametrizations.weight.original``, and checkpoints are those of torch's parametrization.
+    ``parametrizations.weight.original``, and checkpoints are those of torch's parametrization;
+    those of every other form load too (:mod:`fastsn.checkpoints`).
     """
 
     plain: type[nn.Module]  # the class of torch.nn that the layer becomes when it is folded
@@ -69,22 +69,9 @@ class Normalized:
             return own
         return f"{own}, {self.parametrizations.weight[0].extra_repr()}"  # type: ignore[attr-defined]
 
-    # A parametrized module has a class of its own, which cannot be pickled, and refuses to try.
-    # Here that class can be made again from what the instance holds.
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        cls = parametrize.type_before_parametrizations(self)  # type: ignore[arg-type]
-        return _blank, (cls,), self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if parametrize.is_parametrized(self):  # type: ignore[arg-type]
-            parametrizations.rebuild(self, type(self))  # type: ignore[arg-type]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        cls = parametrize.type_before_parametrizations(self)  # type: ignore[arg-type]
-        new = memo[id(self)] = _blank(cls)
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return new
+        # Mixins before this one extend it.
+        return pickling.deep_copy(self, memo)  # type: ignore[arg-type]
 
 
 class SNLinear(Normalized, nn.Linear):

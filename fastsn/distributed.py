@@ -1,0 +1,139 @@
+"""u and v that all processes of a group share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrization
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
+
+from fastsn import biggan, hooks, parametrizations, placements
+
+__all__ = ["resync"]
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    """The buffers that hold u, v and what else moves with them, in every form of layer."""
+    weights = [
+        hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)
+    ]
+    if isinstance(module, TorchParametrization):
+        weights.append("")
+    for weight in weights:
+        for suffix in ("_u", "_v", "_u2", "_v2"):
+            yield weight + suffix
+    if biggan.is_taken_over(module) or biggan.is_similar(module):
+        yield from ("u0", "sv0")
+
+
+def _widen(module: nn.Module) -> None:
+    """Does now what the first forward of a narrow layer does, in this process or another."""
+    if isinstance(module, parametrizations._SpectralNorm) and "_u" in module._buffers:
+        module.vectors()
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, hooks.SpectralNorm):
+            hook.vectors(module)
+
+
+def _vectors(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for prefix, module in model.named_modules():
+        _widen(module)
+        for name in _names(module):
+            vector = module._buffers.get(name)
+            if vector is not None:
+                found[f"{prefix}.{name}".lstrip(".")] = placements.plain(vector)
+    return found
+
+
+def _joined(vectors: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """One flat copy of all vectors of a device and a type, and these vectors."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for vector in vectors:
+        kinds.setdefault((vector.device, vector.dtype), []).append(vector)
+    for own in kinds.values():
+        yield torch.cat([vector.flatten() for vector in own]), own
+
+
+def _members(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a group, of which this process has to be one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "expected an initialized process group: call torch.distributed.init_process_group "
+            "before fastsn.resync"
+        )
+    if group is None:
+        return list(range(dist.get_world_size()))
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be None or a process group that this process is a member of, got {group!r}"
+        )
+    return dist.get_process_group_ranks(group)
+
+
+def _check_alike(vectors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Raises in every process of the group unless all have vectors of the same kinds."""
+    kinds = [(name, tuple(v.shape), v.dtype, v.device.type) for name, v in vectors.items()]
+    code = zlib.crc32(repr(kinds).encode())
+    device = next((v.device for v in vectors.values() if not v.is_meta), torch.device("cpu"))
+    extremes = torch.tensor([code, -code], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    largest, smallest = extremes.tolist()
+    if largest != -smallest:
+        raise RuntimeError(
+            "expected the same spectrally normalized weights in all processes of the group, with "
+            "the same names, shapes, types and kind of device; this process has "
+            f"{len(vectors)} vectors of {sum(v.numel() for v in vectors.values())} elements"
+        )
+
+
+@torch.no_grad()
+def resync(model: nn.Module, group: dist.ProcessGroup | None = None, src: int = 0) -> None:
+    """Gives u and v of every layer, in every process, the values that one process has.
+
+    Replicas that start alike stay alike, bit for bit, without any communication: u and v come from
+    the weights alone. Where they have started apart or drifted apart (different seeds, a checkpoint
+    read by one process, forwards of one process alone), and nothing like the ``broadcast_buffers``
+    of ``DistributedDataParallel`` evens that out, this does. Every process of the group calls it.
+
+    Sent are one small check and one flat buffer for all layers (one per device and type); then u
+    and v are written in place. A backward of a forward of before is not disturbed. It serves all
+    forms of layers, torch's own too; weights with one dimension have no vectors.
+
+    Args:
+        model: the model, or a wrapper of it.
+        group: the processes that shall agree; default: all.
+        src: the process that has the right values, by its global rank, as in
+            ``torch.distributed.broadcast``.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialized; or, in all processes, their models
+            have different layers.
+        ValueError: ``src`` is not in the group, this process is not, or the model has no vectors
+            or is on the meta device.
+        Nothing is changed then.
+
+    Example::
+
+        >>> discriminator = DistributedDataParallel(discriminator, broadcast_buffers=False)
+        >>> fastsn.resync(discriminator)
+    """
+    members = _members(group)
+    if src not in members:
+        raise ValueError(f"src must be one of the group's ranks {members}, got {src!r}")
+    vectors = _vectors(model)
+    _check_alike(vectors, group)
+    if not vectors or any(vector.is_meta for vector in vectors.values()):
+        where = "on the meta device" if vectors else "without any"
+        raise ValueError(f"expected a model with u and v, got {type(model).__name__} {where}")
+    received = list(_joined(vectors.values()))
+    for joined, _ in received:
+        dist.broadcast(joined, src, group)
+    for joined, own in received:
+        parts = joined.split([vector.numel() for vector in own])
+        for vector, part in zip(own, parts, strict=True):
+            vector.copy_(part.view(vector.shape))
