@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,23 +93,32 @@ def _stamp(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) 
     return None if versions is None else (_era, versions)
 
 
+class _Result(NamedTuple):
+    """What a call gave, and what it was made of."""
+
+    stamp: Stamp | None
+    sources: list[Tensor]  # keep their memory from being used for other weights
+    snapshot: Tensor
+    normalized: list[Tensor]
+    context: tuple[Any, ...]
+
+
 class Memory:
-    """What one layer, or one group of layers, remembers. A copy of it remembers nothing."""
+    """What one layer, or one group of layers, remembers. A copy of it remembers nothing.
+
+    Replicas of ``DataParallel`` share it: every result is read and written as one object, so that
+    threads may take each other's place but never mix.
+    """
 
     def __init__(self) -> None:
         self.frozen = 0  # the number of `fastsn.frozen` that are open
         self.seen: bytes | None = None  # the weight that u and v have last moved for
-        self._vectors: bytes | None = None  # that `_looks` tells about
-        self._looks = ""
-        self.forget()
+        self._looked: tuple[bytes | None, str] = (None, "")  # at u and v, and what was seen
+        self._last: _Result | None = None
 
     def forget(self) -> None:
         """Lets go of the last result."""
-        self._stamp: Stamp | None = None
-        self._sources: list[Tensor] = []  # keep their memory from being used for other weights
-        self._snapshot: Tensor | None = None
-        self._normalized: list[Tensor] = []
-        self._context: tuple[Any, ...] = ()
+        self._last = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()
@@ -160,8 +169,9 @@ class Memory:
             return snapshot
         moves = any(n_power_iterations)
         stamp = None if moves or not is_eager() else _stamp(weights, u, v)
-        if stamp is not None and stamp == self._stamp:
-            snapshot = self._snapshot
+        last = self._last
+        if last is not None and stamp is not None and stamp == last.stamp:
+            snapshot = last.snapshot
         if snapshot is None:
             self.forget()
             at_rest = "units" if moves else self._look_at(call, u, v)
@@ -175,21 +185,30 @@ class Memory:
         self, call: Call, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]
     ) -> Tensor:
         """The snapshot of a forward at rest; waits for no device, and keeps nothing."""
-        if self._snapshot is not None and self._stamp == _stamp(weights, u, v):
-            return self._snapshot
+        last = self._last
+        if last is not None and last.stamp == _stamp(weights, u, v):
+            return last.snapshot
         return functional.iterate(call, weights, u, v, [0] * len(weights))
 
-    def _keep(self, weights: Sequence[Tensor], stamp: Stamp | None, snapshot: Tensor) -> None:
-        self._stamp = stamp
-        self._sources = [weight.detach() for weight in weights]
-        self._snapshot = snapshot
+    def _keep(
+        self,
+        weights: Sequence[Tensor],
+        stamp: Stamp | None,
+        snapshot: Tensor,
+        normalized: list[Tensor] | None = None,
+        context: tuple[Any, ...] = (),
+    ) -> None:
+        sources = [weight.detach() for weight in weights]
+        self._last = _Result(stamp, sources, snapshot, normalized or [], context)
 
     def _look_at(self, call: Call, u: Sequence[Tensor], v: Sequence[Tensor]) -> str:
         """Looks, which waits for the device, once for each u and v."""
         versions = _versions([*u, *v])
-        if versions is None or versions != self._vectors:
-            self._vectors, self._looks = versions, functional.look_at(call, u, v)
-        return self._looks
+        seen, looks = self._looked
+        if versions is None or versions != seen:
+            looks = functional.look_at(call, u, v)
+            self._looked = versions, looks
+        return looks
 
     def _at_rest(
         self,
@@ -203,24 +222,24 @@ class Memory:
         needs_graph = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         if needs_graph and not keep:
             return self._compute(call, weights, u, v, dtype)
-        stamp = _stamp(weights, u, v)
-        if stamp is None or stamp != self._stamp:
-            self.forget()
+        stamp, last = _stamp(weights, u, v), self._last
+        if last is not None and (stamp is None or stamp != last.stamp):
+            last = self._last = None
         # What inference mode has made may not be used outside of it.
         is_inference = torch.is_inference_mode_enabled()
-        if self._normalized and not needs_graph:
-            if self._context == (is_inference, *_counts(self._normalized)):
-                return self._normalized, self._snapshot  # type: ignore[return-value]
-        snapshot = self._snapshot
-        if keep and snapshot is not None and is_inference >= snapshot.is_inference():
+        if last is not None and last.normalized and not needs_graph:
+            if last.context == (is_inference, *_counts(last.normalized)):
+                return last.normalized, last.snapshot
+        if keep and last is not None and is_inference >= last.snapshot.is_inference():
+            snapshot = last.snapshot
             normalized = functional.scale(call, weights, snapshot, dtype)
         else:
             normalized, snapshot = self._compute(call, weights, u, v, dtype)
-        if stamp is not None:
+        if stamp is not None and needs_graph:
             self._keep(weights, stamp, snapshot)
-            if not needs_graph:
-                self._normalized = normalized
-                self._context = (is_inference, *_counts(normalized))
+        elif stamp is not None:
+            context = (is_inference, *_counts(normalized))
+            self._keep(weights, stamp, snapshot, normalized, context)
         return normalized, snapshot
 
     def _compute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,6 +161,21 @@ def test_inference_mode_and_gradients_in_turn():
         torch.testing.assert_close(made_within.weight, made_within.weight)
 
 
+def test_threads_share_a_memory_but_never_a_result():
+    """As the replicas of DataParallel do: each has tensors of its own, on its own device."""
+    layer = fastsn.parametrizations.spectral_norm(nn.Linear(8, 8)).eval()
+    norm = layer.parametrizations.weight[0]
+    weights = [torch.randn(8, 8) for _ in range(4)]
+    expected = [norm(weight) for weight in weights]
+
+    @torch.no_grad()
+    def use(index):
+        return all(torch.equal(norm(weights[index]), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(use, range(4)))
+
+
 @each_grouping
 @torch.no_grad()
 def test_autocast_gets_its_own(grouped):
@@ -191,10 +207,10 @@ def test_copies_and_files_hold_no_result(tmp_path):
     model(chain_input())
     hooks = [*copy.deepcopy(model)[0]._forward_pre_hooks.values()]
     (hook,) = (h for h in hooks if isinstance(h, fastsn.hooks.SpectralNorm))
-    assert hook.memory._snapshot is None
+    assert hook.memory._last is None
     layer = evaluated(MODELS["parametrization"], False)
     layer(chain_input())
-    assert copy.deepcopy(layer)[0].parametrizations.weight[0].memory._snapshot is None
+    assert copy.deepcopy(layer)[0].parametrizations.weight[0].memory._last is None
     torch.save(fastsn.nn.SNLinear(300, 300), tmp_path / "fresh")
     used = fastsn.nn.SNLinear(300, 300).eval()
     assert used.weight is not None
@@ -209,9 +225,9 @@ def test_training_keeps_no_result(name):
     with torch.no_grad():
         model(chain_input())
     memories = [m for batch, _ in fastsn.grouping._batches_of(model) for m in (batch.memory,)]
-    assert all(memory._normalized for memory in memories)
+    assert all(memory._last.normalized for memory in memories)
     model.train()(chain_input())
-    assert not any(memory._normalized or memory._sources for memory in memories)
+    assert not any(memory._last for memory in memories)
 
 
 @torch.no_grad()
