@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-import sharded_ranks
 import torch
 import torch.distributed as dist
 from calls import Call, gradients_for, make_call, random
+from rank_processes import Ranks, start
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -142,7 +142,7 @@ def step(call: Call, grads: list[Tensor], backend: Any) -> Found:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """The pool of ranks."""
-    with sharded_ranks.start(4, tmp_path_factory.mktemp("ranks")) as started:
+    with start(4, tmp_path_factory.mktemp("ranks")) as started:
         yield started
 
 
@@ -156,7 +156,7 @@ def _on_member(function: Callable[[Case], Any], case: Case) -> Any:
     return None if mesh_of(case.ranks).get_coordinate() is None else function(case)
 
 
-def run(ranks: sharded_ranks.Ranks, function: Callable[[Case], Any], case: Case) -> list[Any]:
+def run(ranks: Ranks, function: Callable[[Case], Any], case: Case) -> list[Any]:
     """What ``function(case)`` returns on every rank that takes part."""
     found = ranks(_on_member, function, case)
     return [found[rank] for rank in MEMBERS[case.ranks]]

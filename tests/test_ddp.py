@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import rank_fixtures
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from answers import answers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -151,12 +149,9 @@ def train_in_parallel(case: Case, form: str, group: object, rank: int, ranks: in
     return model.state_dict()
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+def train_everything() -> dict:
+    """What one rank gets."""
+    rank = dist.get_rank()
     pair = dist.new_group([0, 1])
     results = {}
     for form in FORMS:
@@ -164,20 +159,16 @@ def worker(rank: int, folder: Path) -> None:
             results[form, name, RANKS] = train_in_parallel(case, form, None, rank, RANKS)
             if rank < 2:
                 results[form, name, 2] = train_in_parallel(case, form, pair, rank, 2)
-    torch.save(results, folder / f"{rank}.pt")
-    # No rank takes gloo's threads down while another is still talking to them.
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
+
+
+started = rank_fixtures.started
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each rank has got, and saved."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.fail("torch.distributed with gloo is needed")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def results(started):
+    """What each rank has got."""
+    return started(RANKS)(train_everything)
 
 
 @each_case

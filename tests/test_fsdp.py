@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import sharded_fixtures
+import rank_fixtures
 import test_biggan
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fastsn
 
-started, ranks, two = sharded_fixtures.started, sharded_fixtures.ranks, sharded_fixtures.two
+started, ranks, two = rank_fixtures.started, rank_fixtures.ranks, rank_fixtures.two
 
 
 def trained(form: str, norm: str, order: str, accelerated: bool) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ import re
 import warnings
 
 import pytest
-import sharded_fixtures
+import rank_fixtures
 import torch
 import torch.distributed as dist
+from rank_processes import RankFailed, start
 from sharded_models import (
     Critic,
     assert_same,
@@ -22,7 +23,6 @@ from sharded_models import (
     shard,
     train,
 )
-from sharded_ranks import RankFailed, start
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastsn
 
-started, two = sharded_fixtures.started, sharded_fixtures.two
+started, two = rank_fixtures.started, rank_fixtures.two
 
 
 def saved(form: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:

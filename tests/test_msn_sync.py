@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-from pathlib import Path
-
 import pytest
+import rank_fixtures
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from msn_cases import drawn, weights_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -99,12 +96,9 @@ def optimize(model: nn.Module, rate: float, part) -> None:
         optimizer.step()
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+def train_everything() -> dict:
+    """What one rank gets."""
+    rank = dist.get_rank()
     groups = {"world": "world", "sub-group": dist.new_group([0, 2])}
     sent: list[int] = []
     send = dist.all_reduce
@@ -131,20 +125,16 @@ def worker(rank: int, folder: Path) -> None:
         DistributedDataParallel(model), 0.1, lambda tensor: own_part(tensor, PARALLEL_SIZES, rank)
     )
     results["parallel"] = model.state_dict()
-    torch.save(results, folder / f"{rank}.pt")
-    # No rank takes gloo's threads down while another is still talking to them.
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
+
+
+started = rank_fixtures.started
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each rank has got, and saved."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.fail("torch.distributed with gloo is needed")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def results(started):
+    """What each rank has got."""
+    return started(RANKS)(train_everything)
 
 
 each_case = pytest.mark.parametrize("name, form, group", CASES)

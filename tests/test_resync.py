@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-from pathlib import Path
-
 import pytest
+import rank_fixtures
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_biggan import Conv, Linear
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -117,12 +114,8 @@ def refusals(pair: object) -> dict[str, tuple[str, bool]]:
     }
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+def resync_everything() -> dict:
+    """What one rank gets."""
     pair = dist.new_group([0, 1])
     calls: list[tuple[str, int]] = []
     for name in ("broadcast", "all_reduce"):
@@ -131,20 +124,16 @@ def worker(rank: int, folder: Path) -> None:
     results["resync", "pair"] = resynced("all forms", pair, 1, calls)
     results["between"] = between_forward_and_backward()
     results["refused"] = refusals(pair)
-    torch.save(results, folder / f"{rank}.pt")
-    # No rank takes gloo's threads down while another is still talking to them.
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
+
+
+started = rank_fixtures.started
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each rank has got, and saved."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.fail("torch.distributed with gloo is needed")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def results(started):
+    """What each rank has got."""
+    return started(RANKS)(resync_everything)
 
 
 def is_vector(name: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import sharded_cases
 import torch
 from calls import Call
+from rank_processes import Ranks
 from sharded_cases import (
     ITERATIONS,
     SCALES,
@@ -22,7 +23,6 @@ from sharded_cases import (
     step,
     whole,
 )
-from sharded_ranks import Ranks
 from tolerances import assert_sum_no_worse
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import sharded_cases
-import sharded_ranks
 import torch
 import torch.distributed as dist
+from rank_processes import start
 from sharded_cases import ITERATIONS, SPLITS, Case, recorded, run, sharded_call, whole
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -229,7 +229,7 @@ def lost_on_rank(case: Case) -> tuple[str, bool]:
 @pytest.mark.parametrize("lost", ["rank", "group"])
 def test_nobody_answers(lost, tmp_path):
     """What torch.distributed says, and what it was about; u and v have not moved."""
-    with sharded_ranks.start(2, tmp_path, timeout=20) as two:
+    with start(2, tmp_path, timeout=20) as two:
         found = two.outcomes(lost_on_rank, Case(2, lost))
     for outcome in found[: 1 if lost == "rank" else 2]:
         message, is_unchanged = outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-import sharded_fixtures
+import rank_fixtures
 import torch
 import torch.distributed as dist
 from answers import answers
@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 
 import fastsn
 
-started, ranks, two = sharded_fixtures.started, sharded_fixtures.ranks, sharded_fixtures.two
+started, ranks, two = rank_fixtures.started, rank_fixtures.ranks, rank_fixtures.two
 
 
 class Net(nn.Module):

@@ -1,6 +1,6 @@
 """Fixtures for tests that need several processes.
 
-A test file takes them by name, as in ``ranks = sharded_fixtures.ranks``.
+A test file takes them by name, as in ``ranks = rank_fixtures.ranks``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch.distributed as dist
-from sharded_ranks import start
+from rank_processes import start
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,13 @@ def started(tmp_path_factory):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.fail("torch.distributed with gloo is needed")
     with ExitStack() as stack:
-        yield cache(
-            lambda count: stack.enter_context(start(count, tmp_path_factory.mktemp("ranks")))
-        )
+
+        @cache
+        def started_once(count):
+            folder = tmp_path_factory.mktemp("ranks")
+            return stack.enter_context(start(count, folder, timeout=120))
+
+        yield started_once
 
 
 @pytest.fixture(params=[2, 3])
