@@ -223,7 +223,7 @@ def build_step(cuda: str) -> Step:
 
 
 #: In this order: the compiled model at the end of the last takes longest.
-TESTS = [f"tests/test_gpu{part}.py" for part in ("", "_models", "_streams", "_means")]
+TESTS = [f"tests/test_gpu{part}.py" for part in ("", "_models", "_state", "_streams", "_means")]
 
 
 def test_step(backend: str, seconds: float, *arguments: str, **environment: str) -> Step:

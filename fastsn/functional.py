@@ -287,7 +287,8 @@ def spectral_norm(
             a flat list over all weights. **Updated in place.** In the weight's type, or fp32.
         v: likewise, of shape (cols,).
         dim: the output dimension, one for all weights or one each: rows of M are slices along it.
-        n_power_iterations: steps; 0 leaves u and v as they are.
+        n_power_iterations: steps; 0 leaves u and v as they are, and takes those that are shorter
+            than units, as averages of u and v are, for the units in their direction.
         eps: least norm that a product is divided by.
         norm: ``"matrix"`` or ``"bidirectional"``.
         scale: s above.
