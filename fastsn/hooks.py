@@ -191,7 +191,9 @@ def spectral_norm(
     performs ``n_power_iterations`` steps (v, then u) and updates the buffers ``<name>_u`` and
     ``<name>_v`` in place; in eval mode none. There is no warm-up. Gradients flow through W and
     sigma, with u and v constant. Unlike torch's, a forward in eval mode followed by one in training
-    mode may be followed by the backward of both, and a module can be deep-copied after a forward.
+    mode may be followed by the backward of both, and a module can be deep-copied after a forward;
+    and what :func:`fastsn.parametrizations.spectral_norm` says of precision, checkpoints, averages
+    and evaluation (where ``eval()`` of a module with a hook tells nobody) holds here, too.
     Checkpoints of every form load, see :func:`fastsn.convert_state_dict`.
 
     Args:

@@ -206,6 +206,12 @@ def spectral_norm(
     at registration. Gradients flow through W and sigma, with u and v constant. Checkpoints of every
     form load, see :func:`fastsn.convert_state_dict`.
 
+    Unlike torch's: u and v stay in fp32 where the weight is narrower; a forward that activation
+    checkpointing repeats does not iterate and sees the weight of the first; in eval mode u and v
+    that are averages of several models' are iterated before use, without being written back, and
+    without gradients a read returns the tensor of before until something has changed (a write into
+    ``weight.data`` is noticed after the next step of an optimizer, or ``train()`` or ``eval()``).
+
     The weight may be sharded, before or after this call, by FSDP2 (``fully_shard``) or tensor
     parallel (``parallelize_module``): a DTensor is normalized where its parts lie, which all ranks
     must do together, and gives a DTensor. u and v are whole and equal on every rank.
