@@ -103,7 +103,7 @@ def normalized_weight(module: Any) -> Tensor:
         return given.normalized(module.weight)
     if given is not None:
         return given
-    u, v, iterations = state(module, module.training)
+    u, v, iterations = state(module, module.training and not recompute.is_repeating())
     normalized, snapshot = own.memory.normalize(
         call(module), [module.weight], u, v, [iterations], keep=own.policy == "step"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import autocast, functional, parametrizations, placements, reference
+from fastsn import autocast, functional, parametrizations, placements, recompute, reference
 from fastsn.functional import Call
 from fastsn.layers import Layer, ParametrizedLayer, find, take_over
 from fastsn.memory import Memory
@@ -22,6 +22,10 @@ __all__ = ["accelerate", "refresh", "sigmas"]
 
 T_module = TypeVar("T_module", bound=nn.Module)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+# All u, all v, and the iterations of every layer.
+States = tuple[list[Tensor], list[Tensor], list[int]]
 
 
 class Batch(NamedTuple):
@@ -35,16 +39,22 @@ class Batch(NamedTuple):
 
     def run(self, weights: list[Tensor]) -> list[Tensor]:
         """The normalized weights; iterates as the layers' modes say."""
-        states = _joined(map(_step, self.layers, weights))
+        u, v, iterations = self._states(weights)
         keep = any(layer.norm.policy == "step" for layer in self.layers)
-        normalized, snapshot = self.memory.normalize(self.call, weights, *states, self.dtype, keep)
+        normalized, snapshot = self.memory.normalize(
+            self.call, weights, u, v, iterations, self.dtype, keep
+        )
         if self.keeps_sigma:
             self._keep_sigmas(snapshot)
         return normalized
 
+    def _states(self, weights: list[Tensor]) -> States:
+        """Those of the layers, for the forward that comes now."""
+        return _joined(map(_rest if recompute.is_repeating() else _step, self.layers, weights))
+
     def gather(self, weights: list[Tensor]) -> list[placements.Unscaled]:
         """As :meth:`run`, for weights that are sharded now and perhaps whole when they are read."""
-        u, v, iterations = _joined(map(_step, self.layers, weights))
+        u, v, iterations = self._states(weights)
         snapshot = self.memory.snapshot(self.call, weights, u, v, iterations)
         if self.keeps_sigma:
             self._keep_sigmas(snapshot)
@@ -73,7 +83,7 @@ def _rest(layer: Layer, weight: Tensor) -> State:
     return layer.rest(weight)
 
 
-def _joined(states: Iterable[State]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+def _joined(states: Iterable[State]) -> States:
     """All u, all v, and the iterations of every layer."""
     u: list[Tensor] = []
     v: list[Tensor] = []
@@ -204,8 +214,8 @@ def _is_within_a_root() -> bool:
 
 
 def _kind(weight: Tensor | None) -> Kind | None:
-    if weight is None:
-        return None
+    if type(weight) is nn.Parameter or weight is None:
+        return None if weight is None else (weight.device, weight.dtype, None)
     return weight.device, weight.dtype, placements.of(weight)
 
 
@@ -229,12 +239,14 @@ def remove(module: nn.Module) -> None:
 
 
 def _batches_of(model: nn.Module) -> Planned:
-    layers = list(find(model))
+    group = next((own for _, _, own in _groups(model) if own.root is model), None)
+    if group is not None:
+        planned = group.batches()
+        if sum(len(batch.layers) for batch, _ in planned) == len(group.layers):
+            return planned
+    layers = group.layers if group is not None else list(find(model))
     for layer in layers:
         placements.check(layer.weight(), layer.name)
-    for _, _, group in _groups(model):
-        if group.root is model:
-            return group.batches()
     return [
         (batch, [layer.weight() for layer in batch.layers])  # type: ignore[misc]
         for batch in _plan(layers)

@@ -112,9 +112,11 @@ class SpectralNorm(Normalizer, TorchHook):
             )
         if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
             # A subclass with a matrix of its own: only torch's formula knows no more than that.
-            iterates = self.iterations(weight, do_power_iteration, self.n_power_iterations) > 0
-            return super().compute_weight(module, iterates)
-        u, v, iterations = self.state(module, do_power_iteration)
+            iterates = do_power_iteration and not recompute.is_repeating()
+            steps = self.iterations(weight, iterates, self.n_power_iterations)
+            return super().compute_weight(module, steps > 0)
+        iterates = do_power_iteration and not recompute.is_repeating()
+        u, v, iterations = self.state(module, iterates)
         return self.memory.normalize(
             self.call(weight.shape), [weight], u, v, [iterations], keep=self.policy == "step"
         )[0][0]

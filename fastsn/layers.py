@@ -87,7 +87,10 @@ class ParametrizedLayer:
             lists is None
             or lists._modules.get(self.tensor_name) is not self.list
             or self.list._modules.get("0") is not self.norm
-            or _is_watched(self.list, self.norm)
+            or self.list._forward_pre_hooks
+            or self.list._forward_hooks
+            or self.norm._forward_pre_hooks
+            or self.norm._forward_hooks
         ):
             return None
         original = self.list._parameters.get("original")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastsn import functional, ops, placements, recompute
 from fastsn.functional import Call
@@ -81,7 +80,7 @@ def is_eager() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
-        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack()
     )
 
 

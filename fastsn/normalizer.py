@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn import functional, placements, recompute
+from fastsn import functional, placements
 from fastsn.functional import Call
 from fastsn.memory import Memory, version_of, watch
 
@@ -28,19 +28,22 @@ class Normalizer:
     # u and v came without values, from the meta device, and nobody has seen any in them yet.
     was_meta = False
 
+    _memory: Memory | None = None
+
     @property
     def memory(self) -> Memory:
-        memory = self.__dict__.get("_memory")
-        return self.prepare() if memory is None else memory
+        return self._memory or self.prepare()
 
     def prepare(self) -> Memory:
         """Makes the memory, before the first forward: the compiler sees what an object has."""
         return self.__dict__.setdefault("_memory", Memory())
 
     def iterations(self, weight: Tensor, training: bool, n_power_iterations: int) -> int:
-        """How many steps the forward that comes now does."""
-        if not training or self.policy == "frozen" or self.is_frozen() or recompute.is_repeating():
+        """How many steps the forward that comes now does, unless it is one that is repeated."""
+        if not training or (self._memory is not None and self._memory.frozen):
             return 0
+        if self.policy == "forward":
+            return n_power_iterations
         if self.policy == "step":
             if torch.compiler.is_compiling():
                 raise RuntimeError(
@@ -53,7 +56,8 @@ class Normalizer:
             if version is not None and version == self.memory.seen:
                 return 0
             self.memory.seen = version
-        return n_power_iterations
+            return n_power_iterations
+        return 0
 
     def settle(self, call: Call, weight: Tensor, u: list[Tensor], v: list[Tensor]) -> None:
         """Gives u and v values where those that came from the meta device have none.
@@ -67,10 +71,6 @@ class Normalizer:
         # A weight that has no values yet either would spoil them.
         sigma = functional.iterate(call, [weight.detach()], u, v, [0])[-1]
         self.was_meta = not bool(sigma.isfinite())
-
-    def is_frozen(self) -> bool:
-        """Whether a ``with fastsn.frozen(...)`` keeps u and v where they are."""
-        return self.memory.frozen > 0
 
 
 @torch.no_grad()
@@ -109,17 +109,22 @@ def are_units(vectors: list[Tensor]) -> bool:
     return bool(((norms - 1).abs() < 1e-2).all())
 
 
+def is_usable(vector: Tensor) -> bool:
+    """Whether the operators can work on it as it is, without rounding."""
+    return type(vector) is Tensor and vector.element_size() >= 4
+
+
 def vectors_in(buffers: dict[str, Any], name: str) -> tuple[list[Tensor], list[Tensor]]:
     """(u, v) of the weight, one of each per estimate, widened to fp32 where they are narrower.
 
     The weight's type shall not round them, and sigma with them.
     """
-    names = [f"{name}_u", f"{name}_v"]
-    if f"{name}_u2" in buffers:
-        names += [f"{name}_u2", f"{name}_v2"]
-    for own in names:
-        buffers[own] = placements.plain(buffers[own])  # distribute_module makes DTensors of them
-        if buffers[own].dtype in NARROW:
-            buffers[own] = buffers[own].to(torch.float32)
+    u, v = name + "_u", name + "_v"
+    names = [u, v, u + "2", v + "2"] if u + "2" in buffers else [u, v]
     vectors = [buffers[own] for own in names]
+    for i, vector in enumerate(vectors):
+        if not is_usable(vector):
+            vector = placements.plain(vector)  # distribute_module makes DTensors of buffers
+            wide = torch.promote_types(vector.dtype, torch.float32)
+            vectors[i] = buffers[names[i]] = vector.to(wide)
     return vectors[::2], vectors[1::2]

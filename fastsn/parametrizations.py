@@ -56,8 +56,9 @@ def install_shortcut(module: nn.Module, name: str) -> None:
         # A copy of the module from before has the same class, and perhaps torch's own norm in it.
         pending = getattr(norms["0"], "pending", ()) if len(norms) == 1 else ()
         if pending and not parametrize._cache_enabled:
-            norm = norms["0"]
-            weight = recompute.take(pending, norm, norm.training)
+            norm, weight = norms["0"], pending.pop()
+            if recompute.may_be_repeated():
+                recompute.record(norm, weight, norm.training)
             if weight.dtype is torch.float32:
                 return weight
             return norm.settled(weight, weights.original)
@@ -111,7 +112,11 @@ class _SpectralNorm(Normalizer, _TorchSpectralNorm):
 
     def vectors(self) -> tuple[list[Tensor], list[Tensor]]:
         """(u, v), one of each per estimate, in fp32 also where torch has made them narrower."""
-        return normalizer.vectors_in(self._buffers, "")
+        buffers: dict[str, Any] = self._buffers
+        u, v = buffers["_u"], buffers["_v"]
+        if "_u2" in buffers or not (normalizer.is_usable(u) and normalizer.is_usable(v)):
+            return normalizer.vectors_in(buffers, "")
+        return [u], [v]
 
     def call(self, shape: torch.Size) -> functional.Call:
         """The constants of a call for a weight of this shape."""
@@ -122,10 +127,12 @@ class _SpectralNorm(Normalizer, _TorchSpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return functional.normalize_vector(weight, self.eps, self.method)
-        given = recompute.take(self.pending, self, self.training)
-        if given is not None:
-            return self.settled(given, weight)
-        u, v, iterations = self.state(weight, self.training)
+        repeats = recompute.is_repeating()
+        if self.pending or repeats:
+            given = recompute.take(self.pending, self, self.training)
+            if given is not None:
+                return self.settled(given, weight)
+        u, v, iterations = self.state(weight, self.training and not repeats)
         return self.memory.normalize(
             self.call(weight.shape), [weight], u, v, [iterations], keep=self.policy == "step"
         )[0][0]

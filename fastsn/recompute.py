@@ -71,19 +71,25 @@ def _leave(holders: list[Any], owner: Any, value: Any) -> None:
         record.values.setdefault(owner, []).append(value)
 
 
+def may_be_repeated() -> bool:
+    """Whether this can be the forward of a checkpoint at all; costs next to nothing."""
+    # One kind of checkpoint sets hooks for what is saved, the other turns gradients off.
+    return not torch.compiler.is_compiling() and (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or not torch.is_grad_enabled()
+    )
+
+
 def record(owner: Any, value: Any, moved: bool) -> None:
     """Leaves ``value`` for :func:`replay`, if this is the forward of a checkpoint.
 
     ``moved``: whether u and v may have moved for it. Of a forward that moved nothing the reentrant
     kind of checkpoint gets no record: it cannot be told from evaluation without a search.
     """
-    if torch.compiler.is_compiling():
+    if not may_be_repeated():
         return
-    # One kind of checkpoint sets hooks for what is saved, the other turns gradients off.
-    is_possible = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or (
-        moved and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    )
-    if is_possible:
+    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if has_hooks or (moved and not torch.is_inference_mode_enabled()):
         _leave(_holders()[0], owner, value)
 
 
