@@ -194,7 +194,9 @@ class HomeMade(torch.autograd.Function):
 
 
 @double
-@pytest.mark.parametrize("name", ["hook", "parametrization"])
+@pytest.mark.parametrize(
+    "name", ["hook", "parametrization", "hook, grouped", "parametrization, grouped"]
+)
 def test_a_checkpoint_of_another_library_does_not_iterate_either(name):
     """u and v are those of the last forward: the right ones where one forward came before."""
     build = MODELS[name]
