@@ -246,7 +246,12 @@ std::vector<at::Tensor> converted_like(at::TensorList tensors, at::TensorList ot
 }
 
 at::Tensor with_strides_of(const at::Tensor& grad, const at::Tensor& like) {
-  return grad.strides() == like.strides() ? grad : at::empty_like(like, grad.options()).copy_(grad);
+  bool lies_alike = true;
+  for (int64_t d = 0; d < like.dim(); ++d) {
+    // The stride of a dimension of size 1 says nothing.
+    lies_alike = lies_alike && (like.size(d) == 1 || grad.stride(d) == like.stride(d));
+  }
+  return lies_alike ? grad : at::empty_like(like, grad.options()).copy_(grad);
 }
 
 Factor factor_of(double sigma, double scale, bool bound, bool zero_guard) {

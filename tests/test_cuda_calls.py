@@ -118,6 +118,29 @@ def test_vectors_stay_without_iterations(cuda):
     assert all(map(torch.equal, live.u + live.v, before.u + before.v))
 
 
+# Copies
+
+
+def copies(function, *arguments) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function(*arguments)
+    return sum(event.count for event in profiler.key_averages() if event.key == "aten::copy_")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cpp"])
+@pytest.mark.parametrize("shape, count", [((8, 6, 1, 1), 0), ((8, 6, 3, 3), 1), ((8, 1, 3, 3), 0)])
+def test_gradients_that_lie_alike_are_not_copied(shape, count, backend, cuda):
+    """Whatever their strides say about dimensions of size 1."""
+    own = cuda if backend == "cuda" else torch.ops.fastsn
+    weight = random(*shape)
+    call = make_call([weight])
+    grad = random(*shape).contiguous(memory_format=torch.channels_last)
+    assert grad.stride() != weight.stride()
+    snapshot = call.estimate(own)
+    assert copies(call.scale_backward, [grad], snapshot, own) == count
+    check(call)
+
+
 # Launches
 
 
@@ -141,13 +164,36 @@ def test_launches_of_a_call(layers, norm, cuda):
 
 @each_type
 def test_launches_do_not_depend_on_sizes_and_strides(dtype, cuda):
-    weights = [random(300, 512), random(9, 6, 3, 3), random(3, 17_000), random(3, 9, 600)]
+    weights = [random(300, 512), random(9, 6, 3, 3), random(3, 4000), random(3, 9, 600)]
     weights.append(permuted((5, 6, 3, 4), (2, 0, 3, 1)))
     call = make_call([w.to(dtype) for w in weights], [0, 1, 0, 1, 2])
     snapshot = call.estimate(cuda)
     assert launches(call.power, cuda) == 2
     assert launches(call.scale, snapshot, cuda) == 1
     assert launches(call.scale_backward, call.weights, snapshot, cuda) == 2
+
+
+@pytest.mark.parametrize(
+    "shape, more",
+    [
+        ((2, 8192), 0),
+        ((2, 8196), 1),  # units for which a block needs more threads
+        ((16_000, 3), 0),
+        ((17_000, 3), 1),  # vectors that many blocks normalize
+        ((3, 17_000), 2),
+    ],
+)
+def test_launches_that_large_layers_need(shape, more, cuda):
+    call = make_call([random(64, 64), random(*shape)])
+    assert launches(call.power, cuda) == 2 + more
+    check(call)
+
+
+def test_long_vectors_of_all_kinds(cuda):
+    """Normalized by many blocks: several rounds, none at all, and a zero weight that is guarded."""
+    weights = [random(20_000, 3), random(3, 17_000), random(17_000, 2), torch.zeros(18_000, 2)]
+    for v_first in (False, True):
+        check(make_call(weights, iterations=[3, 2, 0, 2], v_first=v_first, zero_guard=True))
 
 
 def test_launches_of_rounds_and_types(cuda):

@@ -19,13 +19,16 @@ from torch import Tensor
 from benchmarks import networks
 from fastsn import reference
 
-THREADS = 512
+#: Of a block, and of one with units too long for that.
+THREADS, MANY_THREADS = 256, 512
 PACK = 4
 LARGEST_INT = 2**31 - 1
 #: Rows and columns that the host lets through.
 LARGEST = LARGEST_INT - 2**16
 LEAST_TILE = 24 * 1024
 TILES = 128
+#: Where units come first, of the part of a weight that a tile reads twice.
+SLAB_BYTES, SECTOR_BYTES = 96 * 1024, 32
 
 examples = partial(settings, deadline=None, derandomize=True, database=None)
 
@@ -36,6 +39,7 @@ class Cut:
 
     unit_first: bool
     vectorized: bool
+    threads: int
     lanes: int
     width: int
     classes: int
@@ -46,16 +50,16 @@ class Cut:
 
     @property
     def groups(self) -> int:
-        return THREADS // self.lanes
+        return self.threads // self.lanes
 
     @property
     def packs(self) -> int:
         return self.held // self.width // PACK
 
 
-def plan(units, members, inner, unit_first, aligned=True, is_double=False) -> Cut:
+def plan(units, members, inner, unit_first, aligned=True, item_bytes=4) -> Cut:
     """The cut of W[units, members, inner]."""
-    fields = emulated.backend().plan(units, members, inner, unit_first, aligned, is_double)
+    fields = emulated.backend().plan(units, members, inner, unit_first, aligned, item_bytes)
     return Cut(*map(bool, fields[:2]), *fields[2:])
 
 
@@ -66,6 +70,7 @@ def matrix(shape: tuple[int, ...], dim: int) -> tuple[int, int, int]:
 
 
 booleans = st.booleans()
+item_sizes = st.sampled_from([2, 4, 8])
 small_sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 128, 513, 700]))
 #: Sizes of any magnitude, powers of two and their neighbours among them.
 any_size = st.one_of(
@@ -131,30 +136,32 @@ def elements(cut: Cut, units: int, members: int, inner: int) -> Tensor:
 
 
 @examples(max_examples=100)
-@given(small_sizes, small_sizes, small_sizes, booleans, booleans, booleans)
-def test_every_element_belongs_to_one_thread(units, members, inner, unit_first, aligned, is_double):
+@given(small_sizes, small_sizes, small_sizes, booleans, booleans, item_sizes)
+def test_every_element_belongs_to_one_thread(
+    units, members, inner, unit_first, aligned, item_bytes
+):
     while units * members * inner > 20_000:
         units, inner = (units + 1) // 2, (inner + 1) // 2
-    cut = plan(units, members, inner, unit_first, aligned, is_double)
+    cut = plan(units, members, inner, unit_first, aligned, item_bytes)
     found = elements(cut, units, members, inner)
     assert torch.equal(found.sort().values, torch.arange(units * members * inner))
 
 
 @pytest.mark.parametrize("unit_first", [False, True])
-@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("item_bytes", [2, 4, 8])
 @pytest.mark.parametrize("shape", [(3, 17_000, 1), (2, 20_001, 1), (1, 6000, 3), (3, 5, 1030)])
-def test_every_element_of_long_units(shape, is_double, unit_first):
-    cut = plan(*shape, unit_first, is_double=is_double)
+def test_every_element_of_long_units(shape, item_bytes, unit_first):
+    cut = plan(*shape, unit_first, item_bytes=item_bytes)
     found = elements(cut, *shape)
     assert torch.equal(found.sort().values, torch.arange(prod(shape)))
 
 
 @examples(max_examples=100)
-@given(any_matrix(), booleans, booleans, booleans)
-def test_packs_can_be_loaded(shape, unit_first, aligned, is_double):
+@given(any_matrix(), booleans, booleans, item_sizes)
+def test_packs_can_be_loaded(shape, unit_first, aligned, item_bytes):
     """A pack starts at a multiple of its length, and all of it or nothing is there."""
     units, members, inner = shape
-    cut = plan(*shape, unit_first, aligned, is_double)
+    cut = plan(*shape, unit_first, aligned, item_bytes)
     assert cut.vectorized == (aligned and inner == 1 and members % PACK == 0)
     if cut.vectorized:
         assert cut.classes == 1 and cut.width == cut.lanes and cut.held % PACK == 0
@@ -165,32 +172,46 @@ def test_packs_can_be_loaded(shape, unit_first, aligned, is_double):
 
 
 @examples(max_examples=1000)
-@given(any_matrix(), booleans, booleans, booleans)
-def test_blocks(shape, unit_first, aligned, is_double):
+@given(any_matrix(), booleans, booleans, item_sizes)
+def test_blocks(shape, unit_first, aligned, item_bytes):
     units, members, inner = shape
-    cut = plan(*shape, unit_first, aligned, is_double)
+    cut = plan(*shape, unit_first, aligned, item_bytes)
     assert cut.unit_first == unit_first
-    assert cut.lanes in (16, 32, 64, 128, 256, 512) and cut.lanes >= (16 if unit_first else 32)
+    assert cut.lanes in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    assert cut.threads == max(cut.lanes, THREADS)
+    assert cut.threads == THREADS or (not unit_first and item_bytes < 8)
     assert cut.classes == min(inner, THREADS)
     assert cut.width == cut.lanes // cut.classes >= 1
     # At most a quarter of a group has nothing to do, if there is a choice.
-    assert 4 * cut.width * cut.classes >= 3 * cut.lanes or cut.lanes == THREADS
+    assert 4 * cut.width * cut.classes >= 3 * cut.lanes or cut.lanes >= THREADS
     assert cut.classes * (cut.class_chunks - 1) < inner <= cut.classes * cut.class_chunks
-    # A group holds a unit, if a block can.
-    assert cut.held == cut.width * (16 if is_double else 32)
+    assert cut.held == cut.width * (16 if item_bytes == 8 else 32)
     if not unit_first:
-        assert members <= cut.held or cut.lanes == THREADS
+        # A group is a warp at least, and holds a unit, if a block can.
+        most = THREADS if item_bytes == 8 else MANY_THREADS
+        assert cut.lanes >= 32 and (members <= cut.held or cut.lanes == most)
 
 
 @examples(max_examples=1000)
-@given(any_matrix(), booleans, booleans, booleans)
-def test_tiles(shape, unit_first, aligned, is_double):
+@given(any_matrix(), booleans, booleans, item_sizes)
+def test_tiles(shape, unit_first, aligned, item_bytes):
     units, members, inner = shape
-    cut = plan(*shape, unit_first, aligned, is_double)
+    cut = plan(*shape, unit_first, aligned, item_bytes)
     total = members if unit_first else units * cut.class_chunks
     assert 0 < cut.span and (cut.tiles - 1) * cut.span < total <= cut.tiles * cut.span
     if unit_first:
-        assert cut.span == PACK * cut.width <= 64
+        assert cut.span == PACK * cut.width
+        slab = min(cut.span, members) * units * inner * item_bytes
+        if cut.classes == 1:
+            # Whole sectors, of as many units as stay in a cache; not twice as many would.
+            assert cut.span * item_bytes >= SECTOR_BYTES
+            assert slab <= SLAB_BYTES or cut.span * item_bytes == SECTOR_BYTES or cut.lanes > 32
+            assert cut.lanes >= 32 or 2 * slab > SLAB_BYTES
+            # More than a warp to a unit only where there are too few units for all warps.
+            assert cut.lanes <= 32 or units * cut.lanes <= 8 * THREADS
+        else:
+            few = (2**k for k in range(4, 9) if 4 * (2**k // cut.classes * cut.classes) >= 3 * 2**k)
+            assert slab <= SLAB_BYTES or cut.lanes == next(few, THREADS)
         return
     # Twice where inner indices come in chunks, as the last one may be almost empty.
     assert cut.tiles <= (TILES if cut.class_chunks == 1 else 2 * TILES)
@@ -200,12 +221,12 @@ def test_tiles(shape, unit_first, aligned, is_double):
 
 
 @examples(max_examples=1000)
-@given(any_matrix(), booleans, booleans)
-def test_indices_fit_into_32_bits(shape, unit_first, is_double):
+@given(any_matrix(), booleans, item_sizes)
+def test_indices_fit_into_32_bits(shape, unit_first, item_bytes):
     units, members, inner = shape
-    cut = plan(*shape, unit_first, True, is_double)
-    # Loops go on by a step, and look a step ahead.
-    step = cut.groups * (cut.packs if unit_first else 2)
+    cut = plan(*shape, unit_first, True, item_bytes)
+    # Loops go on by a step, and groups begin within one.
+    step = 2 * cut.groups * cut.packs
     assert cut.span * cut.tiles <= LARGEST_INT
     assert units * cut.class_chunks + step <= LARGEST_INT
     assert members + cut.held <= LARGEST_INT
@@ -223,9 +244,9 @@ def test_indices_fit_into_32_bits(shape, unit_first, is_double):
 @pytest.mark.parametrize("unit_first", [False, True])
 def test_the_largest_matrices(shape, unit_first):
     for test in (test_blocks, test_tiles):
-        for is_double in (False, True):
-            test.hypothesis.inner_test(shape, unit_first, True, is_double)
-            test_indices_fit_into_32_bits.hypothesis.inner_test(shape, unit_first, is_double)
+        for item_bytes in (2, 4, 8):
+            test.hypothesis.inner_test(shape, unit_first, True, item_bytes)
+            test_indices_fit_into_32_bits.hypothesis.inner_test(shape, unit_first, item_bytes)
 
 
 @pytest.mark.parametrize("unit_first", [False, True])
@@ -240,19 +261,27 @@ def test_empty_matrices(shape, unit_first):
 
 
 @examples(max_examples=300)
-@given(any_matrix(), booleans, booleans)
-def test_alignment_decides_about_packs_only(shape, unit_first, is_double):
+@given(any_matrix(), booleans, item_sizes)
+def test_alignment_decides_about_packs_only(shape, unit_first, item_bytes):
     """So that a slice is summed up in the same order, but for the places of members."""
-    aligned, not_aligned = (plan(*shape, unit_first, own, is_double) for own in (True, False))
+    aligned, not_aligned = (plan(*shape, unit_first, own, item_bytes) for own in (True, False))
     assert not not_aligned.vectorized
     aligned.vectorized = False
     assert aligned == not_aligned
 
 
+@examples(max_examples=1000)
+@given(any_size, any_size.map(lambda n: n - 1))
+def test_division_without_a_division(by, number):
+    for near in (number, number // by * by, number // by * by - 1, LARGEST_INT):
+        if near >= 0:
+            assert emulated.backend().divide(near, by) == near // by
+
+
 @examples(max_examples=100)
-@given(any_matrix(), booleans, booleans)
-def test_same_cut_at_every_call(shape, unit_first, is_double):
-    assert plan(*shape, unit_first, True, is_double) == plan(*shape, unit_first, True, is_double)
+@given(any_matrix(), booleans, item_sizes)
+def test_same_cut_at_every_call(shape, unit_first, item_bytes):
+    assert plan(*shape, unit_first, True, item_bytes) == plan(*shape, unit_first, True, item_bytes)
 
 
 # The networks of the benchmarks
@@ -271,9 +300,9 @@ each_network = pytest.mark.parametrize("name", networks.NETWORKS)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_networks(name, dim, unit_first):
     for shape in map(partial(matrix, dim=dim), shapes_of(name)):
-        for is_double in (False, True):
-            test_blocks.hypothesis.inner_test(shape, unit_first, True, is_double)
-            test_tiles.hypothesis.inner_test(shape, unit_first, True, is_double)
+        for item_bytes in (2, 4, 8):
+            test_blocks.hypothesis.inner_test(shape, unit_first, True, item_bytes)
+            test_tiles.hypothesis.inner_test(shape, unit_first, True, item_bytes)
 
 
 def summands(shape: tuple[int, int, int], unit_first: bool) -> int:
@@ -341,7 +370,7 @@ def test_phases_are_a_power_iteration(shape, data):
     members_are_columns |= rows == 1
     # v comes out first: u goes in.
     unit_first = v_first == members_are_columns
-    cut = plan(units, members, inner, unit_first, data.draw(booleans), is_double=True)
+    cut = plan(units, members, inner, unit_first, data.draw(booleans), item_bytes=8)
     given_vector = u if v_first else v
     x = given_vector.view(units, inner) if unit_first else given_vector
     one, other, sigma = finish(*multiply(weight.reshape(units, members, inner), x, cut), eps)

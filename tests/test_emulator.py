@@ -271,6 +271,39 @@ class TestErrors:
         assert kernels.empty(1, 32, 0) == kernels.last_error() == SUCCESS
 
 
+class TestProjectLaunches:
+    """csrc/cuda/launch.cuh: what it does before a kernel's first launch on a device."""
+
+    CAPTURE_UNSUPPORTED = 900
+
+    def test_first_launch_within_a_capture(self, tmp_path):
+        kernels = build(tmp_path)  # a fresh one: what was prepared stays
+        assert kernels.start_unprepared(False) == SUCCESS
+        assert kernels.start_unprepared(True) == kernels.last_error() == self.CAPTURE_UNSUPPORTED
+        before = kernels.capture_mode()
+        assert kernels.start_prepared(1, 90, True, 0) == SUCCESS
+        assert kernels.capture_mode() == before
+        # On this device it is known, and there it stays.
+        assert kernels.start_prepared(1, 90, False, 0) == SUCCESS
+
+    def test_shared_memory(self, tmp_path):
+        kernels = build(tmp_path)
+        assert kernels.start_prepared(2, 90, True, 100 * KIBI) == SUCCESS
+        assert kernels.start_prepared(3, 90, False, 227 * KIBI + 1) == INVALID_VALUE
+        assert kernels.last_error() == INVALID_VALUE
+
+    @pytest.mark.parametrize("wanted", ["0", "1"])
+    def test_launches_overlap_only_where_kernels_wait(self, wanted, tmp_path, monkeypatch):
+        """Instructions before those of compute capability 9.0 know no waiting, and a newer device
+        runs them too, as the driver compiles them for it."""
+        monkeypatch.setenv("FASTSN_CUDA_PDL", wanted)
+        kernels = build(tmp_path)
+        for device, instructions in enumerate([80, 90, 89, 120]):
+            for _ in range(2):
+                assert kernels.start_prepared(device, instructions, False, 0) == SUCCESS
+                assert kernels.last_attributes() == (wanted == "1" and instructions >= 90)
+
+
 def test_portable_fibers(tmp_path):
     kernels = build(tmp_path, "-DFASTSN_EMULATOR_UCONTEXT")
     for order in ORDERS:

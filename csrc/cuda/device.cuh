@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 // What the kernels share. No header of torch: these files compile wherever nvcc is.
 namespace fastsn::cuda {
 
@@ -53,50 +55,43 @@ __device__ __forceinline__ Acc read_as(const void* from, Type type, int at) {
   }
 }
 
-// Four elements, loaded and stored at once.
-template <typename T>
-struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Pack {
-  T e[kPack];
+// Consecutive elements, loaded and stored at once: in words of 16 bytes, or of all if they are
+// less.
+template <typename T, int kCount = kPack>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
+  T e[kCount];
 };
 
-template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* from) {
-  Pack<T> pack;
-  if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint2*>(&pack) = __ldg(reinterpret_cast<const uint2*>(from));
-  } else {
-    auto* const to = reinterpret_cast<uint4*>(&pack);
-    const auto* const source = reinterpret_cast<const uint4*>(from);
+template <int kBytes>
+using Word =
+    std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
+
+template <int kCount = kPack, typename T>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* from) {
+  using Piece = Word<sizeof(Pack<T, kCount>)>;
+  Pack<T, kCount> pack;
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(Pack<T>) / sizeof(uint4)); ++k) {
-      to[k] = __ldg(source + k);
-    }
+  for (int k = 0; k < static_cast<int>(sizeof(pack) / sizeof(Piece)); ++k) {
+    reinterpret_cast<Piece*>(&pack)[k] = __ldg(reinterpret_cast<const Piece*>(from) + k);
   }
   return pack;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack) {
-  if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&pack);
-  } else {
-    const auto* const from = reinterpret_cast<const uint4*>(&pack);
+template <int kCount, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& pack) {
+  using Piece = Word<sizeof(Pack<T, kCount>)>;
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(Pack<T>) / sizeof(uint4)); ++k) {
-      reinterpret_cast<uint4*>(to)[k] = from[k];
-    }
+  for (int k = 0; k < static_cast<int>(sizeof(pack) / sizeof(Piece)); ++k) {
+    reinterpret_cast<Piece*>(to)[k] = reinterpret_cast<const Piece*>(&pack)[k];
   }
 }
 
 __device__ __forceinline__ int logical_column(const Digits& digits, int memory) {
-  if (digits.count == 0) {
-    return memory;
-  }
   int logical = 0;
 #pragma unroll
   for (int k = kMaxDigits - 1; k >= 0; --k) {
     if (k < digits.count) {
-      const int rest = memory / digits.size[k];
+      const int rest = divide(memory, digits.by_size[k]);
       logical += (memory - rest * digits.size[k]) * digits.stride[k];
       memory = rest;
     }
@@ -104,9 +99,16 @@ __device__ __forceinline__ int logical_column(const Digits& digits, int memory) 
   return logical;
 }
 
-// Where element `index` of the member or the unit vector lies in u or v.
-__device__ __forceinline__ int position(const Matrix& matrix, bool of_members, int index) {
-  return matrix.members_are_columns == of_members ? logical_column(matrix.digits, index) : index;
+// body(position) with a function that tells where element `index` of the member or the unit vector
+// lies in u or v. What it does is decided once, not for every element.
+template <typename Body>
+__device__ __forceinline__ void with_positions(
+    const Matrix& matrix, bool of_members, const Body& body) {
+  if (matrix.members_are_columns == of_members && matrix.digits.count > 0) {
+    body([&](int index) { return logical_column(matrix.digits, index); });
+  } else {
+    body([](int index) { return index; });
+  }
 }
 
 // As many items as fit into a kernel parameter of so many bytes, which cut the grid among them:
@@ -134,7 +136,8 @@ struct Batch {
   }
 };
 
-// First of all in a kernel: waits until what was launched before has ended, see overlaps_launches.
+// First of all in a kernel: waits until what was launched before has ended, see overlaps_launches
+// and prepare.
 __device__ __forceinline__ void wait_for_inputs() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -174,6 +177,7 @@ template <typename Acc>
 __device__ __forceinline__ Factor<Acc> factor_of(
     const Acc* sigmas, int estimates, double scale, bool bound, bool zero_guard) {
   Acc sum = 0;
+#pragma unroll 1
   for (int e = 0; e < estimates; ++e) {
     sum += sigmas[e];
   }

@@ -5,26 +5,26 @@
 namespace fastsn::cuda {
 namespace {
 
-// All of a vector: body(k) for every k, by the threads of a block.
-template <typename Body>
-__device__ __forceinline__ void for_each(int64_t count, const Body& body) {
-  for (int64_t k = threadIdx.x; k < count; k += kThreads) {
-    body(static_cast<int>(k));
-  }
-}
-
-// Both vectors as they are into the snapshot.
+// What makes new vectors of the two products; in the workspace at `norms` of an item whose vectors
+// many blocks normalize.
 template <typename Acc>
-__device__ __forceinline__ void keep_vectors(const PowerItem& item, const Power<Acc>& call) {
-  if (!call.first_round) {
-    return;
+struct Norms {
+  Acc first_scale;
+  Acc second_scale;
+  Acc moves;  // 0: the vectors stay as they are
+};
+static_assert(sizeof(Norms<float>) == kNormNumel * sizeof(float));
+
+// Sum of `values`, in a fixed order, for every thread. Other blocks of this grid may have written
+// them: past the first-level cache, which may have other contents.
+template <typename Acc>
+__device__ __forceinline__ Acc sum_of(const Acc* values, int64_t count) {
+  Acc sum = 0;
+#pragma unroll 4
+  for (int64_t k = threadIdx.x; k < count; k += kFinishThreads) {
+    sum += __ldcg(values + k);
   }
-  for_each(item.matrix.members, [&](int k) {
-    call.snapshot[item.member.snapshot + k] = read_live<Acc>(item.member, k);
-  });
-  for_each(unit_length(item.matrix), [&](int k) {
-    call.snapshot[item.unit.snapshot + k] = read_live<Acc>(item.unit, k);
-  });
+  return block_sum<kFinishThreads>(sum);
 }
 
 // The larger one; unlike max, NaN where x is.
@@ -33,125 +33,240 @@ __device__ __forceinline__ Acc at_least(Acc x, Acc eps) {
   return x < eps ? eps : x;
 }
 
-// What is left when both products are complete: by one block per item.
-template <typename Acc>
-__device__ __forceinline__ void normalize(const PowerItem& item, const Power<Acc>& call) {
-  const bool unit_first = item.cut.unit_first;
-  const Vector& first = unit_first ? item.member : item.unit;
-  const Vector& second = unit_first ? item.unit : item.member;
-  const Acc* const y = call.workspace + item.first;
-  const Acc* const z = call.workspace + item.second;
-  const int64_t y_length = first_length(item);
-  const int64_t z_length = second_length(item);
-
-  Acc sum = 0;
-  if (item.only_estimate) {
-    for_each(y_length, [&](int k) {
-      sum += y[k] * read_vector(call, first, position(item.matrix, unit_first, k));
-    });
-    const Acc sigma = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) {
-      call.snapshot[item.sigma] = sigma;
-    }
-    keep_vectors(item, call);
-    return;
+// body(k) for every k of a part of [0, count) that begins at `begin`.
+template <typename Body>
+__device__ __forceinline__ void for_each(
+    int64_t begin, int64_t end, int64_t count, const Body& body) {
+  const int64_t until = min(end, count);
+#pragma unroll 4
+  for (int64_t k = begin + threadIdx.x; k < until; k += kFinishThreads) {
+    body(static_cast<int>(k));
   }
-  for_each(y_length, [&](int k) { sum += y[k] * y[k]; });
-  const Acc y_norm = sqrt(block_sum<kThreads>(sum));
-  const Acc y_scale = 1 / at_least(y_norm, call.eps);
-  sum = 0;
-  // Other blocks of this grid wrote z: past the first-level cache, which may have other contents.
-  for_each(z_length, [&](int k) {
-    const Acc scaled = __ldcg(z + k) * y_scale;
-    sum += scaled * scaled;
-  });
-  const Acc z_norm = sqrt(block_sum<kThreads>(sum));
-  const Acc divisor = at_least(z_norm, call.eps);
-  const Acc sigma = z_norm * (z_norm / divisor);
+}
+
+// Of both vectors one after the other, elements [begin, end): new ones, or the old ones into the
+// snapshot.
+template <typename Acc>
+__device__ __forceinline__ void write_vectors(
+    const PowerItem& item, const Power<Acc>& call, const Norms<Acc>& norms, int64_t begin,
+    int64_t end) {
+  const bool unit_first = item.cut.unit_first;
+  const auto write = [&](const Vector& vector, bool of_members, const Acc* product, Acc scale,
+                         int64_t length, int64_t from) {
+    Acc* const live = static_cast<Acc*>(vector.live);
+    Acc* const snapshot = call.snapshot + vector.snapshot;
+    const int64_t first = from > begin ? 0 : begin - from;
+    if (norms.moves != 0) {
+      with_positions(item.matrix, of_members, [&](const auto& position) {
+        for_each(first, end - from, length, [&](int k) {
+          const Acc value = __ldcg(product + k) * scale;
+          const int at = position(k);
+          snapshot[at] = value;
+          live[at] = value;
+        });
+      });
+    } else if (call.first_round) {
+      for_each(first, end - from, length, [&](int k) { snapshot[k] = live[k]; });
+    }
+  };
+  const int64_t first_length = unit_first ? item.matrix.members : unit_length(item.matrix);
+  const int64_t second_length = unit_first ? unit_length(item.matrix) : item.matrix.members;
+  write(
+      unit_first ? item.member : item.unit, unit_first, call.workspace + item.first,
+      norms.first_scale, first_length, 0);
+  write(
+      unit_first ? item.unit : item.member, !unit_first, call.workspace + item.second,
+      norms.second_scale, second_length, first_length);
+}
+
+// sigma, and what the vectors are multiplied with, when all blocks of an item have added up.
+template <typename Acc>
+__device__ __forceinline__ Norms<Acc> norms_of(
+    const PowerItem& item, const Power<Acc>& call, Acc first_squares, Acc first_scale) {
+  if (item.only_estimate) {
+    if (threadIdx.x == 0) {
+      call.snapshot[item.sigma] = first_squares;
+    }
+    return {0, 0, 0};
+  }
+  const Acc norm = sqrt(sum_of(call.workspace + item.second_squares, reduce_blocks(item)));
+  const Acc divisor = at_least(norm, call.eps);
+  const Acc sigma = norm * (norm / divisor);
   if (threadIdx.x == 0) {
     call.snapshot[item.sigma] = sigma;
   }
-  if (call.zero_guard && sigma == 0) {
-    keep_vectors(item, call);
-    return;
-  }
-  const auto write = [&](const Vector& vector, bool of_members, int k, Acc value) {
-    const int at = position(item.matrix, of_members, k);
-    call.snapshot[vector.snapshot + at] = value;
-    write_live(vector, at, value);
-  };
-  const Acc z_scale = y_scale * (1 / divisor);
-  for_each(y_length, [&](int k) { write(first, unit_first, k, y[k] * y_scale); });
-  for_each(z_length, [&](int k) { write(second, !unit_first, k, __ldcg(z + k) * z_scale); });
+  const bool moves = !(call.zero_guard && sigma == 0);
+  return {first_scale, first_scale * (1 / divisor), static_cast<Acc>(moves)};
 }
 
-// A block adds up a chunk of the summands; the last one of an item goes on to normalize.
+// kPack consecutive columns of the summands' sum, over every kParts-th tile from `part` on. Where
+// `vectorized`, all of them are there.
+constexpr int kParts = kFinishThreads / (kReduceChunk / kPack);
+
+template <typename Acc>
+__device__ __forceinline__ Pack<Acc> sum_tiles(
+    const Acc* summands, int64_t at, int64_t length, int part, int tiles, bool vectorized) {
+  constexpr int kAtOnce = 4;
+  Pack<Acc> sum{};
+  for (int base = part; base < tiles; base += kAtOnce * kParts) {
+    Pack<Acc> packs[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int tile = base + k * kParts;
+      packs[k] = {};
+      if (vectorized) {
+        if (tile < tiles) {
+          packs[k] = load_pack(summands + tile * length + at);
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < kPack; ++c) {
+          if (tile < tiles && at + c < length) {
+            packs[k].e[c] = __ldg(summands + tile * length + at + c);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+      for (int c = 0; c < kPack; ++c) {
+        sum.e[c] += packs[k].e[c];
+      }
+    }
+  }
+  return sum;
+}
+
+// A block adds up a chunk of the summands of `second`; the last one of an item goes on to the
+// norms, and to the vectors if they are short.
 template <typename Acc, int kBytes>
-__global__ void __launch_bounds__(kThreads) finish_kernel(
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(
     const __grid_constant__ Batch<PowerItem, kBytes> batch,
     const __grid_constant__ Power<Acc> call) {
-  constexpr int kParts = kThreads / kReduceChunk;
-  __shared__ Acc parts[kParts][kReduceChunk];
+  constexpr int kLanes = kReduceChunk / kPack;
+  constexpr int kWarps = kFinishThreads / 32;
+  __shared__ Acc parts[kWarps][kReduceChunk];
   __shared__ bool is_last;
   wait_for_inputs();
   const int block = static_cast<int>(blockIdx.x);
   const int index = batch.item_of(block);
   const PowerItem& item = batch.items[index];
+  const int chunk = block - batch.first_block[index];
   const int64_t length = second_length(item);
-  const int column = static_cast<int>(threadIdx.x) % kReduceChunk;
-  const int part = static_cast<int>(threadIdx.x) / kReduceChunk;
-  const int64_t at = int64_t{block - batch.first_block[index]} * kReduceChunk + column;
-  Acc sum = 0;
-  if (at < length) {
-    const Acc* const summands = call.workspace + item.partial + at;
-#pragma unroll 4
-    for (int tile = part; tile < item.cut.tiles; tile += kParts) {
-      sum += summands[tile * length];
-    }
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int part = static_cast<int>(threadIdx.x) / kLanes;
+  const int64_t begin = int64_t{chunk} * kReduceChunk;
+  Pack<Acc> sum{};
+  if (begin + lane * kPack < length) {
+    const Acc* const summands = call.workspace + item.partial;
+    const int64_t at = begin + lane * kPack;
+    sum = length % kPack == 0 ? sum_tiles(summands, at, length, part, item.cut.tiles, true)
+                              : sum_tiles(summands, at, length, part, item.cut.tiles, false);
   }
-  parts[part][column] = sum;
-  __syncthreads();
-  if (part == 0 && at < length) {
 #pragma unroll
-    for (int k = 1; k < kParts; ++k) {
-      sum += parts[k][column];
+  for (int offset = kLanes; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int c = 0; c < kPack; ++c) {
+      sum.e[c] += __shfl_xor_sync(0xffffffffu, sum.e[c], offset);
     }
-    call.workspace[item.second + at] = sum;
   }
+  if (static_cast<int>(threadIdx.x) % 32 < kLanes) {
+#pragma unroll
+    for (int c = 0; c < kPack; ++c) {
+      parts[threadIdx.x / 32][lane * kPack + c] = sum.e[c];
+    }
+  }
+  // The blocks of an item all need this, and none waits for the others.
+  const Acc first_squares = sum_of(call.workspace + item.first_squares, item.cut.tiles);
+  const Acc first_scale = 1 / at_least(sqrt(first_squares), call.eps);
+  const int64_t own = begin + threadIdx.x;
+  Acc square = 0;
+  if (threadIdx.x < kReduceChunk && own < length) {
+    Acc total = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      total += parts[warp][threadIdx.x];
+    }
+    call.workspace[item.second + own] = total;
+    // Of what will be normalized: the square of a product alone could be too large, or too small.
+    square = (total * first_scale) * (total * first_scale);
+  }
+  const Acc squares = block_sum<kFinishThreads>(square);
   const int blocks = static_cast<int>(reduce_blocks(item));
-  if (blocks > 1) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      is_last = atomicAdd(call.tickets + item.ticket, 1) == blocks - 1;
-    }
-    __syncthreads();
-    if (!is_last) {
-      return;
-    }
-    __threadfence();
-  } else {
-    __syncthreads();
+  if (threadIdx.x == 0) {
+    call.workspace[item.second_squares + chunk] = squares;
   }
-  normalize(item, call);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = blocks == 1 || atomicAdd(call.tickets + item.ticket, 1) == blocks - 1;
+  }
+  __syncthreads();
+  if (!is_last) {
+    return;
+  }
+  __threadfence();
+  const auto norms = norms_of(item, call, first_squares, first_scale);
+  if (is_normalized_at_once(item)) {
+    write_vectors(item, call, norms, 0, vector_length(item));
+  } else if (threadIdx.x == 0) {
+    Acc* const to = call.workspace + item.norms;
+    to[0] = norms.first_scale;
+    to[1] = norms.second_scale;
+    to[2] = norms.moves;
+  }
+}
+
+// Long vectors: a part of them by each block.
+template <typename Acc, int kBytes>
+__global__ void __launch_bounds__(kFinishThreads) normalize_kernel(
+    const __grid_constant__ Batch<PowerItem, kBytes> batch,
+    const __grid_constant__ Power<Acc> call) {
+  wait_for_inputs();
+  const int block = static_cast<int>(blockIdx.x);
+  const int index = batch.item_of(block);
+  const PowerItem& item = batch.items[index];
+  const Acc* const norms = call.workspace + item.norms;
+  const int64_t begin = int64_t{block - batch.first_block[index]} * kNormalizeTile;
+  write_vectors(item, call, {norms[0], norms[1], norms[2]}, begin, begin + kNormalizeTile);
 }
 
 template <typename Acc>
 struct Finish {
   using Item = PowerItem;
-  static constexpr int kBlock = kThreads;
+  static constexpr int kBlock = kFinishThreads;
   static constexpr int kShared = 0;
   template <int kBytes>
   static constexpr auto kernel = finish_kernel<Acc, kBytes>;
   static int64_t blocks(const Item& item) { return reduce_blocks(item); }
 };
 
+template <typename Acc>
+struct Normalize {
+  using Item = PowerItem;
+  static constexpr int kBlock = kFinishThreads;
+  static constexpr int kShared = 0;
+  template <int kBytes>
+  static constexpr auto kernel = normalize_kernel<Acc, kBytes>;
+  static int64_t blocks(const Item& item) {
+    return is_normalized_at_once(item) ? 0 : ceil_div(vector_length(item), kNormalizeTile);
+  }
+};
+
+template <typename Acc>
+const char* finish_of(Where where, const PowerItem* items, int64_t count, const PowerCall& call) {
+  const auto constants = typed<Acc>(call);
+  const char* const error = launch<Finish<Acc>>(where, items, count, constants);
+  return error != nullptr ? error : launch<Normalize<Acc>>(where, items, count, constants);
+}
+
 }  // namespace
 
 const char* finish(
     Where where, bool is_double, const PowerItem* items, int64_t count, const PowerCall& call) {
-  return is_double ? launch<Finish<double>>(where, items, count, typed<double>(call))
-                   : launch<Finish<float>>(where, items, count, typed<float>(call));
+  return is_double ? finish_of<double>(where, items, count, call)
+                   : finish_of<float>(where, items, count, call);
 }
 
 }  // namespace fastsn::cuda

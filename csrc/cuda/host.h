@@ -7,8 +7,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
-
 // What the operators share on their way from tensors to descriptors. Needs a torch with CUDA only
 // at run time: the stream comes through torch's device-independent interface, memory from torch's
 // allocator, so that CUDA graphs capture a call and streams do not share its workspace.
@@ -39,9 +37,9 @@ inline void check(const char* error, const char* phase) {
   TORCH_CHECK(error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error);
 }
 
+// Whether packs can be loaded from it.
 inline bool is_aligned(const at::Tensor& tensor) {
-  const auto bytes = std::min<size_t>(kPack * tensor.element_size(), 16);
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
 }  // namespace fastsn::cuda

@@ -8,6 +8,13 @@ namespace fastsn::cuda {
 
 enum class Type : int32_t { kFloat, kDouble, kBFloat16, kHalf };
 
+// n / d = n * multiplier >> shift for every n below 2^31: a division costs a kernel dozens of
+// instructions. See divisor in plan.h.
+struct Divisor {
+  uint32_t multiplier;
+  int32_t shift;
+};
+
 constexpr int kMaxDigits = 4;
 
 // Where a column lies: memory column to logical column (see MatrixView::Digit).
@@ -15,6 +22,7 @@ struct Digits {
   int32_t count;  // 0: the two agree
   int32_t size[kMaxDigits];
   int32_t stride[kMaxDigits];
+  Divisor by_size[kMaxDigits];
 };
 
 // A weight in memory: `units` runs of `members` times `inner` elements, W[n][r][i]. Two vectors
@@ -34,23 +42,30 @@ struct Matrix {
 struct Cut {
   bool unit_first;  // the unit vector comes in, the member vector goes out; else the other way
   bool vectorized;
-  int32_t lanes;         // threads of a group: a power of two
+  int32_t group_bits;    // a block has 2 to this many groups
+  int32_t lane_bits;     // a group has 2 to this many threads, ...
+  int32_t lanes;         // ... which is this
   int32_t width;         // members side by side in a group
   int32_t classes;       // inner indices side by side in a group
   int32_t class_chunks;  // so many times `classes` cover `inner`
   int32_t span;          // of a tile: units times class_chunks, or members if unit_first
   int32_t tiles;
+  Divisor by_width;
+  Divisor by_classes;
+  Divisor by_class_chunks;
+  int32_t parts;  // sums of so many members side by side are added up first: the root of `width`
+
+  int threads() const { return lanes << group_bits; }  // of a block
 };
 
-// A u or a v.
+// A u or a v, of the type in which sums are kept.
 struct Vector {
   void* live;        // as the caller keeps it
   int64_t snapshot;  // offset
-  Type type;         // of `live`
 };
 
 // One estimate in one power iteration. `first` is what the tiles own (s = W v where u comes first),
-// `second` what they add up (t = W^T s).
+// `second` what they add up (t = W^T s). The other offsets are in the workspace.
 struct PowerItem {
   const void* weight;
   Matrix matrix;
@@ -58,10 +73,13 @@ struct PowerItem {
   Vector member;
   Vector unit;
   int64_t sigma;  // offset in the snapshot
-  int64_t first;  // offsets in the workspace
+  int64_t first;
   int64_t second;
-  int64_t partial;  // one summand of `second` per tile
-  int32_t ticket;   // which counter
+  int64_t partial;         // one summand of `second` per tile
+  int64_t first_squares;   // one summand of |first|^2 per tile, of sigma if only_estimate
+  int64_t second_squares;  // one summand of |second|^2 per block of finish
+  int64_t norms;           // kNormNumel numbers, see finish.cu
+  int32_t ticket;          // which counter
   bool only_estimate;
 };
 
@@ -78,11 +96,17 @@ struct ScaleItem {
 
 constexpr int kMaxEstimates = 2;
 
-// d sigma / d W of one estimate: the product of two vectors in the snapshot.
+// d sigma / d W of one estimate: the product of two vectors. `product` copies them from the
+// snapshot into the workspace, where they lie in the order of the weight and where packs may.
 struct Outer {
   Matrix matrix;
-  int64_t member;
-  int64_t unit;
+  Divisor by_length;  // of a unit
+  Divisor by_inner;
+  uint64_t one_over_length;  // times 2^64, rounded down
+  int64_t snapshot_members;  // offsets
+  int64_t snapshot_units;
+  int64_t members;
+  int64_t units;
 };
 
 // One layer in scale_backward.

@@ -15,11 +15,11 @@ struct Lane {
   bool active;
 
   __device__ __forceinline__ explicit Lane(const Cut& cut)
-      : group(static_cast<int>(threadIdx.x) / cut.lanes),
-        groups(kThreads / cut.lanes),
-        lane(static_cast<int>(threadIdx.x) % cut.lanes),
-        member(lane / cut.classes),
-        inner(lane % cut.classes),
+      : group(static_cast<int>(threadIdx.x) >> cut.lane_bits),
+        groups(1 << cut.group_bits),
+        lane(static_cast<int>(threadIdx.x) & (cut.lanes - 1)),
+        member(divide(lane, cut.by_classes)),
+        inner(lane - member * cut.classes),
         active(member < cut.width) {}
 };
 
@@ -27,7 +27,7 @@ struct Lane {
 // to the compiler.
 template <bool kVectorized>
 __device__ __forceinline__ int slot_member(const Cut& cut, const Lane& lane, int j, int c) {
-  return kVectorized ? (j * cut.lanes + lane.lane) * kPack + c
+  return kVectorized ? ((j << cut.lane_bits) + lane.lane) * kPack + c
                      : (j * kPack + c) * cut.width + lane.member;
 }
 
@@ -41,10 +41,14 @@ struct Unit {
   Unit(const Matrix& matrix, const Cut& cut, const Lane& lane, int index, int end)
       : unit(index), inner(lane.inner), valid(index < end && lane.active) {
     if (cut.class_chunks > 1) {
-      unit = index / cut.class_chunks;
+      unit = divide(index, cut.by_class_chunks);
       inner += (index - unit * cut.class_chunks) * cut.classes;
       valid = valid && inner < matrix.inner;
     }
+  }
+
+  __device__ __forceinline__ int position(const Matrix& matrix) const {
+    return unit * matrix.inner + inner;
   }
 };
 
@@ -59,7 +63,7 @@ __device__ __forceinline__ Pack<T> load(
   if constexpr (kVectorized) {
     const int member = first + slot_member<true>(item.cut, lane, j, 0);
     if (unit.valid && member < end) {
-      pack = load_pack(from + member);
+      pack = load_pack<kPack>(from + member);
     }
   } else {
 #pragma unroll
@@ -75,11 +79,11 @@ __device__ __forceinline__ Pack<T> load(
 
 // For every value: its sum over the threads of the group with the same inner index. `exchange` is
 // shared memory for twice as many values as the block has.
-template <int kValues, typename Acc>
+template <int kBlock, int kValues, typename Acc>
 __device__ __forceinline__ void sum_classes(
     const Cut& cut, const Lane& lane, Acc (&values)[kValues], Acc* exchange) {
-  Acc(*const before)[kThreads] = reinterpret_cast<Acc(*)[kThreads]>(exchange);
-  Acc(*const between)[kThreads] = before + kValues;
+  Acc(*const before)[kBlock] = reinterpret_cast<Acc(*)[kBlock]>(exchange);
+  Acc(*const between)[kBlock] = before + kValues;
   if (cut.classes == 1) {
     const int within = min(cut.lanes, 32);
 #pragma unroll
@@ -118,7 +122,7 @@ __device__ __forceinline__ void sum_classes(
     return;
   }
   // In two steps, of about the square root of the members each.
-  const int parts = static_cast<int>(ceilf(sqrtf(static_cast<float>(cut.width))));
+  const int parts = cut.parts;
   const int start = lane.group * cut.lanes + lane.inner;
 #pragma unroll
   for (int k = 0; k < kValues; ++k) {
@@ -148,38 +152,105 @@ __device__ __forceinline__ void sum_classes(
   }
 }
 
-// The sums of all groups and inner indices of a block, one for each member that a group holds:
-// write(member, sum). `shared` holds kThreads times kCount elements.
-template <int kCount, typename Acc, typename Write>
-__device__ __forceinline__ void sum_groups(
-    const Cut& cut, const Lane& own, const Acc (&sums)[kCount], Acc* shared, const Write& write) {
-  __syncthreads();  // whatever was in `shared` has been read
+// The sums over the lanes of groups of up to a warp, shared out among these: of kValues values of
+// every lane each keeps some, which then come first. Returns how many, and at which one they begin;
+// where there are more lanes than values, neighbours keep the same.
+template <int kValues, typename Acc>
+__device__ __forceinline__ int2 sum_lanes(const Cut& cut, int lane, Acc (&values)[kValues]) {
+  int begin = 0;
+  int offset = cut.lanes / 2;
+  int kept = kValues;
 #pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    shared[s * kThreads + threadIdx.x] = sums[s];
+  for (int half = kValues / 2; half > 0; half /= 2) {
+    if (offset > 0) {
+      const bool upper = (lane & offset) != 0;
+#pragma unroll
+      for (int k = 0; k < half; ++k) {
+        const Acc given = upper ? values[k] : values[k + half];
+        values[k] =
+            (upper ? values[k + half] : values[k]) + __shfl_xor_sync(0xffffffffu, given, offset);
+      }
+      begin += upper ? half : 0;
+      kept = half;
+      offset /= 2;
+    }
+  }
+  for (; offset > 0; offset /= 2) {
+    values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
+  }
+  return {kept, begin};
+}
+
+// The sums of all groups and inner indices of a block, for the members that a group holds:
+// write(member, pack) with as many sums as belong together. `shared` holds kBlock times kCount
+// elements.
+template <int kBlock, bool kVectorized, int kCount, typename Acc, typename Write>
+__device__ __forceinline__ void sum_groups(
+    const Cut& cut, const Lane& own, Acc (&sums)[kCount], Acc* shared, const Write& write) {
+  constexpr int kRun = kVectorized ? kPack : 1;
+  // Groups of the same warp.
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (offset >= cut.lanes) {
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) {
+        sums[s] += __shfl_xor_sync(0xffffffffu, sums[s], offset);
+      }
+    }
+  }
+  const int sets = min(own.groups, kBlock / 32);
+  if (kVectorized && sets == 1) {
+#pragma unroll
+    for (int j = 0; j < kCount / kRun; ++j) {
+      Pack<Acc, kRun> run;
+#pragma unroll
+      for (int c = 0; c < kRun; ++c) {
+        run.e[c] = sums[j * kRun + c];
+      }
+      write(slot_member<true>(cut, own, j, 0), run);
+    }
+    return;
+  }
+  const int set = cut.lanes < 32 ? static_cast<int>(threadIdx.x) / 32 : own.group;
+  const int at = set * cut.lanes + own.lane;
+  __syncthreads();  // whatever was in `shared` has been read
+  if (static_cast<int>(threadIdx.x) % 32 < cut.lanes) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      shared[s * kBlock + at] = sums[s];
+    }
   }
   __syncthreads();
-  for (int k = threadIdx.x; k < kCount * cut.lanes; k += kThreads) {
-    Acc* const column = shared + k / cut.lanes * kThreads + k % cut.lanes;
-    Acc sum = column[0];
-    for (int group = 1; group < own.groups; ++group) {
-      sum += column[group * cut.lanes];
+  const bool has_classes = !kVectorized && cut.classes > 1;
+  for (int k = threadIdx.x; k < (kCount / kRun) << cut.lane_bits; k += kBlock) {
+    const int run = k >> cut.lane_bits;
+    Acc* const from = shared + run * kRun * kBlock + (k & (cut.lanes - 1));
+    Pack<Acc, kRun> total;
+#pragma unroll
+    for (int c = 0; c < kRun; ++c) {
+      total.e[c] = from[c * kBlock];
+      for (int other = 1; other < sets; ++other) {
+        total.e[c] += from[c * kBlock + other * cut.lanes];
+      }
     }
-    column[0] = sum;
+    if (has_classes) {
+      from[0] = total.e[0];
+    } else {
+      write(k * kRun, total);
+    }
+  }
+  if (!has_classes) {
+    return;
   }
   __syncthreads();
-  for (int k = threadIdx.x; k < kCount * cut.width; k += kThreads) {
-    const int slot = k / cut.width;
-    const int member = k % cut.width;
-    const Acc* const run = shared + slot * kThreads + member * cut.classes;
-    Acc sum = run[0];
-    for (int inner = 1; inner < cut.classes; ++inner) {
-      sum += run[inner];
+  for (int k = threadIdx.x; k < kCount * cut.width; k += kBlock) {
+    const int slot = divide(k, cut.by_width);
+    const Acc* const run = shared + slot * kBlock + (k - slot * cut.width) * cut.classes;
+    Pack<Acc, kRun> sum{};
+    for (int inner = 0; inner < cut.classes; ++inner) {
+      sum.e[0] += run[inner];
     }
-    const int pack = slot / kPack;
-    const int c = slot % kPack;
-    write(
-        cut.vectorized ? (pack * cut.lanes + member) * kPack + c : slot * cut.width + member, sum);
+    write(k, sum);
   }
 }
 

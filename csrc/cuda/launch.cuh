@@ -23,30 +23,56 @@ inline bool overlaps_launches() {
   return wanted;
 }
 
-// Raises the limit of dynamic shared memory once per kernel and device.
+// What a launch needs to know of a kernel on a device.
+struct Prepared {
+  cudaError_t status;
+  bool waits;  // for the launch before it, see wait_for_inputs
+};
+
+// Before a kernel's first launch on a device: brings its code there, and lets it have `shared`
+// bytes of dynamic shared memory. Code that is brought by a launch itself would make that fail
+// where a graph is captured, as memory is allocated for it; the mode of this thread allows that.
 template <auto kKernel>
-cudaError_t allow_shared(int device, int bytes) {
+Prepared prepare(int device, int shared) {
   static std::atomic<uint64_t> done{0};
+  static std::atomic<uint64_t> waiting{0};
   const uint64_t bit = uint64_t{1} << (device % 64);
-  if (bytes <= 48 * 1024 || (done.load() & bit) != 0) {
-    return cudaSuccess;
-  }
-  const auto status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status == cudaSuccess) {
+  if ((done.load() & bit) == 0) {
+    auto mode = cudaStreamCaptureModeRelaxed;
+    auto status = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (status != cudaSuccess) {
+      return {status, false};
+    }
+    cudaFuncAttributes attributes{};
+    status = cudaFuncGetAttributes(&attributes, kKernel);
+    if (status == cudaSuccess && shared > 48 * 1024) {
+      status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    }
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (status != cudaSuccess) {
+      return {status, false};
+    }
+    // Compiled from older instructions, also by the driver for a newer device, a kernel cannot
+    // wait.
+    if (attributes.ptxVersion >= 90) {
+      waiting.fetch_or(bit);
+    }
     done.fetch_or(bit);
   }
-  return status;
+  return {cudaSuccess, (waiting.load() & bit) != 0};
 }
 
-// kernel(arguments...) by so many blocks of `threads` threads with `shared` bytes of dynamic
+// kKernel(arguments...) by so many blocks of `threads` threads with `shared` bytes of dynamic
 // memory.
-template <typename... Parameters, typename... Arguments>
+template <auto kKernel, typename... Arguments>
 cudaError_t start(
-    Where where, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
-    const Arguments&... arguments) {
+    Where where, int64_t blocks, int threads, int shared, const Arguments&... arguments) {
   if (blocks > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
+  }
+  const auto prepared = prepare<kKernel>(where.device, shared);
+  if (prepared.status != cudaSuccess) {
+    return prepared.status;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -57,8 +83,8 @@ cudaError_t start(
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = overlaps_launches() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  config.numAttrs = overlaps_launches() && prepared.waits ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
 inline const char* message(cudaError_t status) {
@@ -71,7 +97,7 @@ template <typename Kernel, int kBytes, typename... Arguments>
 cudaError_t launch_batches(
     Where where, const typename Kernel::Item* items, int64_t count, const Arguments&... arguments) {
   constexpr auto kKernel = Kernel::template kernel<kBytes>;
-  auto status = allow_shared<kKernel>(where.device, Kernel::kShared);
+  auto status = cudaSuccess;
   Batch<typename Kernel::Item, kBytes> batch;
   for (int64_t begin = 0; begin < count && status == cudaSuccess;) {
     batch.count = 0;
@@ -93,7 +119,7 @@ cudaError_t launch_batches(
       return begin < count ? cudaErrorInvalidConfiguration : cudaSuccess;
     }
     batch.first_block[batch.count] = static_cast<int32_t>(blocks);
-    status = start(where, kKernel, blocks, Kernel::kBlock, Kernel::kShared, batch, arguments...);
+    status = start<kKernel>(where, blocks, Kernel::kBlock, Kernel::kShared, batch, arguments...);
   }
   return status;
 }

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kBiasThreads)
 const char* mean_bias(Where where, Type weight, const BiasItem& item) {
   return with_type(weight, [&](auto value) {
     return message(
-        start(where, mean_bias_kernel<decltype(value)>, item.channels, kBiasThreads, 0, item));
+        start<mean_bias_kernel<decltype(value)>>(where, item.channels, kBiasThreads, 0, item));
   });
 }
 

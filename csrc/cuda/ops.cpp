@@ -3,8 +3,8 @@
 #include "../estimates.h"
 #include "host.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -12,10 +12,6 @@
 // The operators on weights: from tensors to descriptors.
 namespace fastsn::cuda {
 namespace {
-
-bool has_type(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 Matrix matrix_of(const MatrixView& view) {
   // Leaves room for the steps of a loop beyond the end.
@@ -26,6 +22,10 @@ Matrix matrix_of(const MatrixView& view) {
       view.rows <= kLargest && view.cols() <= kLargest && unit_length <= kLargest,
       "fastsn: on a GPU a matrix may have up to ", kLargest, " rows and columns, got ", view.rows,
       " and ", view.cols(), ", and as many elements in a run of rows, got ", unit_length);
+  TORCH_CHECK(
+      units_are_rows || view.rows <= kLargest / std::max<int64_t>(view.inner, 1),
+      "fastsn: on a GPU rows that lie between each other may have up to ", kLargest,
+      " elements together, got ", view.rows, " times ", view.inner);
   TORCH_CHECK(
       view.digits.size() <= kMaxDigits,
       "fastsn: on a GPU the columns of a weight may lie in memory in at most ", kMaxDigits,
@@ -39,18 +39,34 @@ Matrix matrix_of(const MatrixView& view) {
   for (size_t k = 0; k < view.digits.size(); ++k) {
     matrix.digits.size[k] = static_cast<int32_t>(view.digits[k].size);
     matrix.digits.stride[k] = static_cast<int32_t>(view.digits[k].stride);
+    matrix.digits.by_size[k] = divisor(view.digits[k].size);
   }
   return matrix;
 }
 
-// u or v as the kernels can read and write it: itself, or a copy of an unusual one.
+// u or v as the kernels read and write it: itself, or a copy of an unusual one.
 at::Tensor usable(const at::Tensor& x, at::ScalarType accumulate) {
-  return has_type(x.scalar_type()) ? x.contiguous() : x.to(accumulate).contiguous();
+  return x.to(accumulate).contiguous();
 }
 
 Vector vector_of(const at::Tensor& x, int64_t snapshot) {
-  return {const_cast<void*>(x.const_data_ptr()), snapshot, type_of(x.scalar_type())};
+  return {const_cast<void*>(x.const_data_ptr()), snapshot};
 }
+
+// Hands out places in a workspace, each at the beginning of a pack.
+class Places {
+ public:
+  int64_t take(int64_t numel) {
+    const int64_t start = numel_;
+    numel_ += ceil_div(numel, kPack) * kPack;
+    return start;
+  }
+
+  int64_t numel() const { return numel_; }
+
+ private:
+  int64_t numel_ = 0;
+};
 
 // A kernel for each pair of types: that of a weight and that of what goes with it.
 struct Types {
@@ -104,7 +120,7 @@ at::Tensor power_(
   std::vector<Types> types(count);
   std::vector<at::Tensor> us(count);
   std::vector<at::Tensor> vs(count);
-  int64_t free = 0;  // in the workspace
+  Places places;
   int64_t rounds = 1;
   for (size_t e = 0; e < count; ++e) {
     const auto& estimate = estimates.items[e];
@@ -124,16 +140,15 @@ at::Tensor power_(
     item.only_estimate = n_power_iterations[estimate.layer] == 0;
     const bool starts_with_v = v_first == estimate.first;  // v comes out first, u goes in
     const bool unit_first = !item.only_estimate && starts_with_v == members_are_columns;
-    item.cut = cut(item.matrix, unit_first, is_aligned(weight), is_double);
+    item.cut =
+        cut(item.matrix, unit_first, is_aligned(weight), static_cast<int>(weight.element_size()));
     item.ticket = static_cast<int32_t>(e);
-    const auto take = [&](int64_t numel) {
-      const int64_t start = free;
-      free += ceil_div(numel, kPack) * kPack;
-      return start;
-    };
-    item.first = take(first_length(item));
-    item.second = take(second_length(item));
-    item.partial = take(item.cut.tiles * second_length(item));
+    item.first = places.take(first_length(item));
+    item.second = places.take(second_length(item));
+    item.partial = places.take(item.cut.tiles * second_length(item));
+    item.first_squares = places.take(item.cut.tiles);
+    item.second_squares = places.take(reduce_blocks(item));
+    item.norms = places.take(kNormNumel);
     rounds = std::max(rounds, n_power_iterations[estimate.layer]);
   }
 
@@ -141,12 +156,12 @@ at::Tensor power_(
   const auto options = at::TensorOptions().dtype(accumulate).device(weights[0].device());
   const auto snapshot = at::empty({estimates.snapshot_numel}, options);
   // The counters come last; an element has room for one at least.
-  const auto workspace = at::empty({free + static_cast<int64_t>(count)}, options);
+  const auto workspace = at::empty({places.numel() + static_cast<int64_t>(count)}, options);
   const auto bytes = static_cast<char*>(workspace.mutable_data_ptr());
   PowerCall call{};
   call.snapshot = snapshot.mutable_data_ptr();
   call.workspace = bytes;
-  call.tickets = reinterpret_cast<int*>(bytes + free * workspace.element_size());
+  call.tickets = reinterpret_cast<int*>(bytes + places.numel() * workspace.element_size());
   call.eps = eps;
   call.zero_guard = zero_guard;
   const auto place = where(weights[0].device());
@@ -199,8 +214,12 @@ bool has_kernel(at::ScalarType weight, at::ScalarType other) {
       (weight == at::kFloat && (other == at::kBFloat16 || other == at::kHalf));
 }
 
+// What at::empty_like makes of a dense tensor, without the dispatcher's share of its time.
 at::Tensor result_like(const at::Tensor& tensor, at::ScalarType type) {
-  return at::empty_like(tensor, tensor.options().dtype(type));
+  const auto device = tensor.device().type();
+  const c10::DispatchKeySet keys(c10::computeDispatchKey(type, at::kStrided, tensor.device()));
+  return at::detail::empty_strided_generic(
+      tensor.sizes(), tensor.strides(), c10::GetAllocator(device), keys, type);
 }
 
 std::vector<at::Tensor> run_scale(
@@ -241,7 +260,7 @@ std::vector<at::Tensor> run_backward(
   std::vector<Types> types(weights.size());
   out.reserve(weights.size());
   strided.reserve(weights.size());
-  int64_t free = 0;
+  Places places;
   for (size_t l = 0; l < weights.size(); ++l) {
     const auto& weight = weights[l];
     const int64_t first = estimates.first_of_layer[l];
@@ -260,20 +279,25 @@ std::vector<at::Tensor> run_backward(
     item.sigma = estimates.items[first].sigma;
     item.scale = scales[l];
     item.tile = product_tile(item.numel);
-    item.product = free;
     item.products = static_cast<int32_t>(ceil_div(item.numel, item.tile));
-    free += item.products;
+    item.product = places.take(item.products);
     item.estimates = static_cast<int32_t>(count);
     item.vectorized = is_aligned(weight) && is_aligned(out[l]) && is_aligned(strided[l]);
     for (int64_t k = 0; k < count; ++k) {
       const auto& estimate = estimates.items[first + k];
       auto& outer = item.outers[k];
-      outer.matrix = matrix_of(estimate.view);
-      outer.member = outer.matrix.members_are_columns ? estimate.v : estimate.u;
-      outer.unit = outer.matrix.members_are_columns ? estimate.u : estimate.v;
+      const auto& matrix = outer.matrix = matrix_of(estimate.view);
+      const auto length = std::max<int64_t>(int64_t{matrix.members} * matrix.inner, 1);
+      outer.by_length = divisor(length);
+      outer.one_over_length = std::numeric_limits<uint64_t>::max() / static_cast<uint64_t>(length);
+      outer.by_inner = divisor(std::max(matrix.inner, 1));
+      outer.snapshot_members = matrix.members_are_columns ? estimate.v : estimate.u;
+      outer.snapshot_units = matrix.members_are_columns ? estimate.u : estimate.v;
+      outer.members = places.take(matrix.members);
+      outer.units = places.take(unit_length(matrix));
     }
   }
-  const auto workspace = at::empty({free}, snapshot.options());
+  const auto workspace = at::empty({places.numel()}, snapshot.options());
   const ScaleCall call{snapshot.const_data_ptr(), workspace.mutable_data_ptr(), bound, zero_guard};
   const auto place = where(snapshot.device());
   for_each_type(items, types, [&](Types own, const BackwardItem* some, int64_t n) {

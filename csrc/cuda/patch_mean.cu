@@ -315,21 +315,22 @@ const char* patch_sums(Where where, Type input, const PatchItem& item) {
       channel_tiles(item.layout, item.tile) * partial_sums(item.layout, item.tile);
   return with_type(input, [&](auto value) {
     return message(
-        start(where, patch_sums_kernel<decltype(value)>, blocks, kPatchThreads, 0, item));
+        start<patch_sums_kernel<decltype(value)>>(where, blocks, kPatchThreads, 0, item));
   });
 }
 
 const char* add_partial_sums(Where where, bool is_double, const PartialItem& item) {
-  const auto kernel = is_double ? partial_sums_kernel<double> : partial_sums_kernel<float>;
   const int64_t blocks = ceil_div(item.count, kPatchColumns);
-  return message(start(where, kernel, blocks, kPatchThreads, 0, item));
+  return message(
+      is_double ? start<partial_sums_kernel<double>>(where, blocks, kPatchThreads, 0, item)
+                : start<partial_sums_kernel<float>>(where, blocks, kPatchThreads, 0, item));
 }
 
 const char* patch_backward(Where where, Type out, const PatchBackwardItem& item) {
   const int64_t blocks = ceil_div(item.layout.sample(), kPatchThreads);
   return with_type(out, [&](auto value) {
     return message(
-        start(where, patch_backward_kernel<decltype(value)>, blocks, kPatchThreads, 0, item));
+        start<patch_backward_kernel<decltype(value)>>(where, blocks, kPatchThreads, 0, item));
   });
 }
 

@@ -14,6 +14,11 @@ struct Power {
   Acc eps;
   bool first_round;
   bool zero_guard;
+
+  // u or v before this round.
+  __device__ __forceinline__ const Acc* before(const Vector& vector) const {
+    return first_round ? static_cast<const Acc*>(vector.live) : snapshot + vector.snapshot;
+  }
 };
 
 template <typename Acc>
@@ -25,34 +30,6 @@ Power<Acc> typed(const PowerCall& call) {
       static_cast<Acc>(call.eps),
       call.first_round,
       call.zero_guard};
-}
-
-template <typename Acc>
-__device__ __forceinline__ Acc read_live(const Vector& vector, int at) {
-  return read_as<Acc>(vector.live, vector.type, at);
-}
-
-template <typename Acc>
-__device__ __forceinline__ void write_live(const Vector& vector, int at, Acc value) {
-  switch (vector.type) {
-    case Type::kFloat:
-      static_cast<float*>(vector.live)[at] = static_cast<float>(value);
-      break;
-    case Type::kDouble:
-      static_cast<double*>(vector.live)[at] = static_cast<double>(value);
-      break;
-    case Type::kBFloat16:
-      narrow(static_cast<float>(value), static_cast<__nv_bfloat16*>(vector.live)[at]);
-      break;
-    default:
-      narrow(static_cast<float>(value), static_cast<__half*>(vector.live)[at]);
-  }
-}
-
-// u or v before this round.
-template <typename Acc>
-__device__ __forceinline__ Acc read_vector(const Power<Acc>& call, const Vector& vector, int at) {
-  return call.first_round ? read_live<Acc>(vector, at) : call.snapshot[vector.snapshot + at];
 }
 
 }  // namespace fastsn::cuda

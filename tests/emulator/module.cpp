@@ -58,15 +58,22 @@ int64_t guard(bool wanted) {
 
 // A cut, its fields in their order, then the members that a group holds at once.
 std::vector<int64_t> plan(
-    int64_t units, int64_t members, int64_t inner, bool unit_first, bool aligned, bool is_double) {
+    int64_t units, int64_t members, int64_t inner, bool unit_first, bool aligned, int64_t bytes) {
   fastsn::cuda::Matrix matrix{};
   matrix.units = static_cast<int32_t>(units);
   matrix.members = static_cast<int32_t>(members);
   matrix.inner = static_cast<int32_t>(inner);
-  const auto cut = fastsn::cuda::cut(matrix, unit_first, aligned, is_double);
-  return {cut.unit_first, cut.vectorized, cut.lanes,
-          cut.width,      cut.classes,    cut.class_chunks,
-          cut.span,       cut.tiles,      fastsn::cuda::capacity(cut, is_double)};
+  const auto cut = fastsn::cuda::cut(matrix, unit_first, aligned, static_cast<int>(bytes));
+  return {cut.unit_first,   cut.vectorized,
+          cut.threads(),    cut.lanes,
+          cut.width,        cut.classes,
+          cut.class_chunks, cut.span,
+          cut.tiles,        fastsn::cuda::capacity(cut, bytes == 8)};
+}
+
+// number / by, as kernels divide.
+int64_t divide(int64_t number, int64_t by) {
+  return fastsn::cuda::divide(static_cast<int>(number), fastsn::cuda::divisor(by));
 }
 
 // How patch_mean is cut: the tile along outer, rows, columns and inner, how many of them there are
@@ -101,9 +108,10 @@ std::vector<int64_t> patch_plan(
 TORCH_LIBRARY(fastsn_emulated, m) {
   fastsn::define_operators(m);
   m.def(
-      "plan(int units, int members, int inner, bool unit_first, bool aligned, bool is_double) "
+      "plan(int units, int members, int inner, bool unit_first, bool aligned, int bytes) "
       "-> int[]",
       &plan);
+  m.def("divide(int number, int by) -> int", &divide);
   m.def(
       "patch_plan(int samples, int outer, int rows, int columns, int inner, int taps) -> int[]",
       &patch_plan);

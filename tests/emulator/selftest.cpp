@@ -3,6 +3,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "../../csrc/cuda/launch.cuh"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // With external linkage, unlike all else: the linker keeps what is shared elsewhere.
@@ -275,6 +277,26 @@ EXPORT int work(unsigned grid, unsigned block, int barriers, int shuffles, float
 EXPORT int empty(unsigned grid, unsigned block, size_t shared) {
   return start({grid, block, shared}, empty_kernel);
 }
+
+// The same for what the project launches: on a device that has not had the kernel yet, of code from
+// instructions of this compute capability, perhaps while a stream is captured.
+EXPORT int start_prepared(int device, int instructions, int captures, int shared) {
+  cuda_emulator::loaded.clear();
+  cuda_emulator::instructions = instructions;
+  cuda_emulator::captures = captures;
+  const int result = fastsn::cuda::start<empty_kernel>({device, nullptr}, 1, 32, shared);
+  cuda_emulator::captures = false;
+  return result;
+}
+EXPORT int start_unprepared(int captures) {
+  cuda_emulator::loaded.clear();
+  cuda_emulator::captures = captures;
+  const int result = empty(1, 32, 0);
+  cuda_emulator::captures = false;
+  return result;
+}
+EXPORT int capture_mode() { return cuda_emulator::capture_mode; }
+EXPORT int last_attributes() { return cuda_emulator::last_attributes; }
 EXPORT int raise_limit(int bytes) {
   return cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }

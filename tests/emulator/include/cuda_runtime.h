@@ -12,6 +12,7 @@
 #include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "cuda_emulator.h"
 
@@ -194,6 +195,9 @@ inline unsigned __float_as_uint(float x) { return cuda_emulator::bits<unsigned>(
 inline float __uint_as_float(unsigned x) { return cuda_emulator::bits<float>(x); }
 inline int __float_as_int(float x) { return cuda_emulator::bits<int>(x); }
 inline float __int_as_float(int x) { return cuda_emulator::bits<float>(x); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -225,6 +229,7 @@ enum cudaError_t {
   cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 
 namespace cuda_emulator {
@@ -235,6 +240,14 @@ inline thread_local std::string failure;  // Of the kernel that failed last.
 inline cudaError_t injected = cudaSuccess;
 inline size_t launches = 0;
 inline std::unordered_map<const void*, size_t> shared_limits;
+
+// Kernels whose code is on the device: it comes there when it is first asked for, which needs
+// memory, and that is refused while a stream is being captured, unless the mode of the thread
+// allows it.
+inline std::unordered_set<const void*> loaded;
+inline bool captures = false;
+inline int instructions = 90;         // kernels were compiled from those of this compute capability
+inline unsigned last_attributes = 0;  // that the last launch had
 
 // The next launch returns `error` and does nothing.
 inline void fail_next_launch(cudaError_t error) { injected = error; }
@@ -274,6 +287,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorLaunchFailure";
     case cudaErrorNotSupported:
       return "cudaErrorNotSupported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
   }
   return "unrecognized error code";
 }
@@ -300,6 +315,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                             : cuda_emulator::failure.c_str();
     case cudaErrorNotSupported:
       return "operation not supported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
   }
   return "unrecognized error code";
 }
@@ -336,6 +353,30 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
+
+namespace cuda_emulator {
+
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+inline cudaError_t load(const void* kernel) {
+  if (loaded.count(kernel) == 0 && captures && capture_mode != cudaStreamCaptureModeRelaxed)
+    return cudaErrorStreamCaptureUnsupported;
+  loaded.insert(kernel);
+  return cudaSuccess;
+}
+
+}  // namespace cuda_emulator
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  *mode = std::exchange(cuda_emulator::capture_mode, *mode);
+  return cudaSuccess;
+}
+
 // A launch ends before the next one starts.
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
@@ -358,6 +399,8 @@ inline cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto limit = shared_limits.find(kernel);
   if (config.dynamicSmemBytes > (limit == shared_limits.end() ? default_shared : limit->second))
     return cudaErrorInvalidValue;
+  last_attributes = config.numAttrs;
+  if (const cudaError_t error = load(kernel)) return error;
   return std::exchange(injected, cudaSuccess);
 }
 
@@ -380,6 +423,20 @@ cudaError_t cudaFuncSetAttribute(
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > max_shared) return record(cudaErrorInvalidValue);
   shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+};
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  using namespace cuda_emulator;
+  std::lock_guard<std::mutex> lock(one_launch);
+  if (!kernel) return record(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t error = load(reinterpret_cast<const void*>(kernel))) return record(error);
+  attributes->ptxVersion = attributes->binaryVersion = instructions;
   return cudaSuccess;
 }
 
