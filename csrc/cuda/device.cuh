@@ -91,7 +91,7 @@ __device__ __forceinline__ int logical_column(const Digits& digits, int memory) 
 #pragma unroll
   for (int k = kMaxDigits - 1; k >= 0; --k) {
     if (k < digits.count) {
-      const int rest = divide(memory, digits.by_size[k]);
+      const int rest = divide(memory, {digits.multiplier[k], digits.shift[k]});
       logical += (memory - rest * digits.size[k]) * digits.stride[k];
       memory = rest;
     }

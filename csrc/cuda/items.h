@@ -19,10 +19,11 @@ constexpr int kMaxDigits = 4;
 
 // Where a column lies: memory column to logical column (see MatrixView::Digit).
 struct Digits {
-  int32_t count;  // 0: the two agree
   int32_t size[kMaxDigits];
   int32_t stride[kMaxDigits];
-  Divisor by_size[kMaxDigits];
+  uint32_t multiplier[kMaxDigits];  // of the divisor by `size`
+  uint8_t shift[kMaxDigits];
+  int32_t count;  // 0: the two agree
 };
 
 // A weight in memory: `units` runs of `members` times `inner` elements, W[n][r][i]. Two vectors

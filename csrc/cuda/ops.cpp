@@ -39,7 +39,9 @@ Matrix matrix_of(const MatrixView& view) {
   for (size_t k = 0; k < view.digits.size(); ++k) {
     matrix.digits.size[k] = static_cast<int32_t>(view.digits[k].size);
     matrix.digits.stride[k] = static_cast<int32_t>(view.digits[k].stride);
-    matrix.digits.by_size[k] = divisor(view.digits[k].size);
+    const auto by_size = divisor(view.digits[k].size);
+    matrix.digits.multiplier[k] = by_size.multiplier;
+    matrix.digits.shift[k] = static_cast<uint8_t>(by_size.shift);
   }
   return matrix;
 }
