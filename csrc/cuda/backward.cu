@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kFlatThreads) product_kernel(
   for (int e = 0; e < item.estimates; ++e) {
     const Outer& outer = item.outers[e];
     lay_out(
-        outer.matrix, true, call.snapshot + outer.snapshot_members, call.workspace + outer.members,
-        outer.matrix.members, tile, item.products);
+        outer.matrix, true, call.snapshot + members_in_snapshot(outer),
+        call.workspace + outer.vectors, outer.matrix.members, tile, item.products);
     lay_out(
-        outer.matrix, false, call.snapshot + outer.snapshot_units, call.workspace + outer.units,
-        unit_length(outer.matrix), tile, item.products);
+        outer.matrix, false, call.snapshot + units_in_snapshot(outer),
+        call.workspace + units_in_workspace(outer), unit_length(outer.matrix), tile, item.products);
   }
   Acc own = sums[0];
 #pragma unroll
@@ -77,7 +77,9 @@ struct OuterReader {
   int offset;  // within that unit
 
   __device__ __forceinline__ OuterReader(const Outer& outer, const Acc* workspace, int64_t begin)
-      : outer(outer), members(workspace + outer.members), units(workspace + outer.units) {
+      : outer(outer),
+        members(workspace + outer.vectors),
+        units(workspace + units_in_workspace(outer)) {
     const int64_t length = int64_t{outer.matrix.members} * outer.matrix.inner;
     // At most one too small.
     unit = static_cast<int>(__umul64hi(static_cast<uint64_t>(begin), outer.one_over_length));

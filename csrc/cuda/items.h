@@ -104,10 +104,8 @@ struct Outer {
   Divisor by_length;  // of a unit
   Divisor by_inner;
   uint64_t one_over_length;  // times 2^64, rounded down
-  int64_t snapshot_members;  // offsets
-  int64_t snapshot_units;
-  int64_t members;
-  int64_t units;
+  int64_t snapshot;          // where u lies and then v
+  int64_t vectors;           // where the members lie in the workspace, and then the units
 };
 
 // One layer in scale_backward.

@@ -293,10 +293,9 @@ std::vector<at::Tensor> run_backward(
       outer.by_length = divisor(length);
       outer.one_over_length = std::numeric_limits<uint64_t>::max() / static_cast<uint64_t>(length);
       outer.by_inner = divisor(std::max(matrix.inner, 1));
-      outer.snapshot_members = matrix.members_are_columns ? estimate.v : estimate.u;
-      outer.snapshot_units = matrix.members_are_columns ? estimate.u : estimate.v;
-      outer.members = places.take(matrix.members);
-      outer.units = places.take(unit_length(matrix));
+      outer.snapshot = estimate.u;
+      outer.vectors = places.take(matrix.members);
+      places.take(unit_length(matrix));
     }
   }
   const auto workspace = at::empty({places.numel()}, snapshot.options());

@@ -88,6 +88,18 @@ FASTSN_BOTH inline bool is_normalized_at_once(const PowerItem& item) {
   return vector_length(item) <= kNormalizedAtOnce;
 }
 
+// Where both vectors of an outer product lie: in the snapshot, and in the workspace, each at the
+// beginning of a pack.
+FASTSN_BOTH inline int64_t members_in_snapshot(const Outer& outer) {
+  return outer.snapshot + (outer.matrix.members_are_columns ? unit_length(outer.matrix) : 0);
+}
+FASTSN_BOTH inline int64_t units_in_snapshot(const Outer& outer) {
+  return outer.snapshot + (outer.matrix.members_are_columns ? 0 : outer.matrix.members);
+}
+FASTSN_BOTH inline int64_t units_in_workspace(const Outer& outer) {
+  return outer.vectors + ceil_div(outer.matrix.members, kPack) * kPack;
+}
+
 // Elements per partial sum of <G, W>.
 FASTSN_BOTH inline int64_t product_tile(int64_t numel) {
   const int64_t steps = ceil_div(numel, int64_t{kMaxProducts} * kProductTile);
