@@ -189,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = plan(target, session.out, options.prebuilt)
     # Known before anything runs: it holds if this call is killed.
     command = go_on(options, session.out)
-    print(f"results: {session.out}\nif this call is cut off, the next command is: {command}")
+    print(
+        f"results: {session.out}\nif this call is cut off, the next command is: {command}",
+        flush=True,
+    )
 
     def ended(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -3,10 +3,9 @@
 ``compute-sanitizer --report-api-errors no --error-exitcode 9 python tests/gpu_sanitize.py``
 
 (what torch asks of the driver in vain is no error of ours) with this repository on ``PYTHONPATH``,
-and with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that every
-tensor is an allocation of its own and has bounds. All else is done on the CPU: hardly a kernel runs
-but fastsn's. The results are compared with the reference in fp64, so a run in which the kernels do
-nothing fails.
+and with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that every tensor is an allocation of its own and
+has bounds. All else is done on the CPU: hardly a kernel runs but fastsn's. The results are compared
+with the reference in fp64, so a run in which the kernels do nothing fails.
 """
 
 from __future__ import annotations
