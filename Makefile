@@ -5,7 +5,8 @@
 # PYTHON=python3   the interpreter, or the one that the virtual environment is made with
 # TORCH=...        what pip installs first, and then keeps. A build for CPUs is enough: where pip's
 #                  index has a larger one, name an index of such builds in PIP_INDEX_URL
-# ARGS=            options of study-msn: --quick, --cifar10 FOLDER, --lr 0.1 and others (--help)
+# ARGS=            options of study-msn: --quick, --cifar10 FOLDER, --lr 0.1 and others (--help);
+#                  of gpu: --seconds 900, --resume FOLDER, --prebuilt
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -66,7 +67,7 @@ study-msn: $(BUILT) ## train small classifiers with MSN, batch norm, SN and neit
 
 # Of the interpreter PYTHON alone, in the environment that it belongs to: as with VENV=.
 gpu: ## build, GPU tests, compute-sanitizer and GPU benchmarks; needs a GPU (OUT=folder)
-	$(PYTHON) -m benchmarks.gpu_session $(if $(OUT),--out '$(OUT)')
+	$(PYTHON) -m benchmarks.gpu_session $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 build: $(BUILT) ## only the set-up: environment and compiled package
 

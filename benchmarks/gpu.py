@@ -4,13 +4,15 @@ Every row is gated by a comparison with fp64 before anything is timed; variants 
 side. Rows are written as they come; a part that fails is recorded and the others go on.
 
 Parts: ``copy`` (the bandwidth that the floors use), ``weights`` (all normalized weights of a
-network), ``training`` (whole steps of GANs), ``msn`` (whole steps of VGG7 with MSN or batch norm),
-``autocast`` (bf16 results against fp32), ``bsn`` (BSN against SN), ``compiled`` (torch.compile,
-optional: it takes long), ``launches`` (by the profiler, last: it may slow down what comes after
-it).
+network), ``backends`` (the same by each back-end), ``training`` (whole steps of GANs), ``msn``
+(whole steps of VGG7 with MSN or batch norm), ``kernels``, ``overlap`` and ``empty`` (kernel by
+kernel, see :mod:`benchmarks.gpu_kernels`), ``autocast`` (bf16 results against fp32), ``bsn`` (BSN
+against SN), ``compiled`` (torch.compile, which takes long), ``launches`` (by the profiler: it may
+slow down what comes after it, and so does ``kernels``).
 
-``--quick`` runs every part on tiny networks, a proof that it runs. Without a GPU it takes the CPU
-for one.
+Tasks run in the order in which ``--only`` names them. ``--quick`` runs them on tiny networks, a
+proof that they run. Without a GPU the CPU is taken for one. The exit status is not 0 if something
+failed, and 75 if time was up before all was done.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_msn, gpu_report, gpu_training
-from benchmarks.gpu_device import Cuda, Device, commit
-from benchmarks.gpu_sampling import DeviceLost, Recorder, time_columns
+from benchmarks import gpu_kernels, gpu_msn, gpu_training
+from benchmarks.gpu_device import Cuda, Device
+from benchmarks.gpu_progress import FAILED, LEFT, PASSED, STARTED, Progress
+from benchmarks.gpu_sampling import DeviceLost, Recorder, TimeUp, time_columns
+from benchmarks.gpu_tools import commit
 from benchmarks.gpu_training import JOBS, PRECISIONS, QUICK_JOBS
 from benchmarks.gpu_weights import (
     BSN,
@@ -38,6 +42,7 @@ from benchmarks.gpu_weights import (
     MODES,
     TORCH,
     Contest,
+    backend_variants,
     main_variants,
     read_as_forward,
     record_launches,
@@ -45,8 +50,10 @@ from benchmarks.gpu_weights import (
 from benchmarks.harness import Plan
 from benchmarks.networks import NETWORKS, QUICK_NETWORKS
 
-PARTS = ("copy", "weights", "training", "msn", "autocast", "bsn", "compiled", "launches")
-CHARTS = {"weights.png": gpu_report.draw_weights, "training.png": gpu_report.draw_training}
+PARTS = (
+    *("copy", "weights", "training", "msn", "kernels", "empty", "overlap", "backends", "autocast"),
+    *("bsn", "compiled", "launches"),
+)
 QUICK = Plan(least=2, most=2, warmup=1)
 
 Task = Callable[[], None]
@@ -74,8 +81,9 @@ class Benchmarks:
         samples, bytes_moved = measure_copy(self.device)
         columns = time_columns(samples)
         self.bandwidth = bytes_moved / (columns["median_us"] / 1e6)
+        speed = self.bandwidth / 1e9
         self.recorder.record(
-            [{"part": "copy", "metric": "GB/s", "value": self.bandwidth / 1e9, **columns}]
+            [{"part": "copy", "metric": "copy", "gb_per_second": speed, **columns}]
         )
 
     def plan(self, seconds: float, least: int = 10, most: int = 60) -> Plan:
@@ -97,6 +105,15 @@ class Benchmarks:
         for name, build in networks.items():
             contest = Contest("weights", name, build, variants, MODES)
             tasks[f"weights {name}"] = hold(contest, self.plan(2.0))
+            by_each = Contest("backends", name, build, backend_variants(self.device), MODES)
+            tasks[f"backends {name}"] = hold(by_each, self.plan(1.0))
+            tasks[f"kernels {name}"] = partial(
+                gpu_kernels.record_kernels, name, build, self.recorder, 2 if self.quick else 6
+            )
+            tasks[f"overlap {name}"] = partial(
+                gpu_kernels.record_overlap, name, build, self.recorder, self.plan(0.1, 10, 60)
+            )
+        tasks["empty"] = partial(gpu_kernels.record_empty, self.recorder, self.plan(0.1, 10, 60))
         for name, job in jobs.items():
             for precision in PRECISIONS:
                 tasks[f"training {name}, {precision}"] = partial(
@@ -130,8 +147,8 @@ class Benchmarks:
         return tasks
 
 
-def run(options: argparse.Namespace) -> list[str]:
-    """Run the tasks that were asked for; return what failed."""
+def run(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Run the tasks that were asked for; return what failed, and what there was no time for."""
     use_gpu = torch.cuda.is_available() and options.device != "cpu"
     device: Device = Cuda() if use_gpu else Device()
     identity, dirty = commit()
@@ -142,34 +159,51 @@ def run(options: argparse.Namespace) -> list[str]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    deadline = time.monotonic() + options.seconds
+    progress = Progress.of_environment()
+    seconds = progress.deadline - time.time() if progress else options.seconds
+    deadline = time.monotonic() + seconds
     recorder = Recorder(options.out / "measurements.csv", origin, device, deadline, options.without)
     recorder.start(options.append)
     with device.session():
         benchmarks = Benchmarks(device, recorder, options.quick)
         benchmarks.measure_bandwidth()
         tasks = benchmarks.tasks()
-        left = [name for name in tasks if name in options.only or name.split()[0] in options.only]
         unknown = [name for name in options.only if name not in (*tasks, *PARTS)]
         if unknown:
             raise SystemExit(f"unknown: {unknown}; parts: {PARTS}; tasks: {list(tasks)}")
-        while left:
+        settled = progress.settled() if progress else {}
+        left = [name for name in wanted(options.only, list(tasks)) if name not in settled]
+        while left and not recorder.is_late:
             name = left[0]
             start = time.monotonic()
-            if recorder.is_late:
-                recorder.fail(name, TimeoutError("there was no time left for it"))
-            else:
-                try:
-                    tasks[name]()
-                except DeviceLost as lost:
-                    begin_again(options, left[1:], lost.variant, recorder)
-                except Exception as error:
-                    recorder.fail(name, error, part=name.split()[0])
-                    if not device.is_alive():
-                        begin_again(options, left[1:], "", recorder)
-            print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
+            failures = len(recorder.failures)
+            if progress:
+                progress.add(name, STARTED)
+            lost = None
+            try:
+                tasks[name]()
+            except TimeUp:
+                break
+            except DeviceLost as error:
+                lost = error.variant
+            except Exception as error:
+                recorder.fail(name, error, part=name.split()[0])
+                lost = None if device.is_alive() else ""
+            seconds = time.monotonic() - start
             left.pop(0)
-    return recorder.failures
+            if progress:
+                failed = len(recorder.failures) > failures
+                progress.add(name, FAILED if failed else PASSED, seconds)
+            print(f"{seconds:6.1f} s  {name}", flush=True)
+            if lost is not None:
+                begin_again(options, left, lost, recorder)
+    return recorder.failures, left
+
+
+def wanted(only: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The tasks that are named, or belong to a part that is, in the order of the names."""
+    found = [task for name in only for task in tasks if name in (task, task.split()[0])]
+    return list(dict.fromkeys(found))
 
 
 def begin_again(
@@ -184,27 +218,6 @@ def begin_again(
     command += ["--quick"] if options.quick else []
     sys.stdout.flush()
     os.execv(sys.executable, command)
-
-
-def failed_rows(rows: Sequence[gpu_report.Row]) -> list[str]:
-    """In words, what the CSV file says has failed."""
-    words = ("part", "network", "mode", "variant", "note")
-    failed = [row for row in rows if row["metric"] == "failed"]
-    return [", ".join(row[word] for word in words if row[word]) for row in failed]
-
-
-def report(out: Path, quick: bool, failures: Sequence[str]) -> tuple[str, list[str]]:
-    """Draw the charts; return the summary of what the CSV file holds by now, and what failed."""
-    rows = gpu_report.read(out / "measurements.csv")
-    failures = list(failures)
-    for name, draw in CHARTS.items():
-        try:
-            draw(out / name, rows)
-        except Exception as error:  # the numbers are there without the picture
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-    backend = Cuda.backends[0] if torch.cuda.is_available() else Device.backends[0]
-    targets = [] if quick else gpu_report.targets(backend, list(JOBS), list(PRECISIONS))
-    return gpu_report.summary(rows, targets, failures), failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,10 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     options.out.mkdir(parents=True, exist_ok=True)
-    failures = [*options.failed, *run(options)]
-    summary, failures = report(options.out, options.quick, failures)
-    print(summary)
-    return 1 if failures else 0
+    failures, left = run(options)
+    failures = [*options.failed, *failures]
+    print(
+        "\n".join([*(f"FAILED {failure}" for failure in failures), *(f"left: {x}" for x in left)])
+    )
+    return LEFT if left else 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks need of a device: clocks, CUDA graphs, and the names of things.
+"""What the GPU benchmarks need of a device: clocks, CUDA graphs, and the names of kernels.
 
 :class:`Device` is the CPU in the part of a GPU: it proves that the benchmarks run, and its times
 mean nothing. :class:`Cuda` is the real one. Nothing else in the benchmarks knows which it has.
@@ -7,17 +7,16 @@ mean nothing. :class:`Cuda` is the real one. Nothing else in the benchmarks know
 from __future__ import annotations
 
 import gc
-import os
 import re
-import shutil
-import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.gpu_tools import output_of
 
 Run = Callable[[], Any]
 
@@ -54,8 +53,9 @@ class Device:
         """Whether it still works: a kernel that ran astray leaves a GPU unusable to the process."""
         return True
 
-    def device_seconds(self, run: Run, host_seconds: float) -> float:
-        """How long the device works on ``run``, which the host needs about that long to issue."""
+    def device_seconds(self, run: Run, host_seconds: float, cold: bool = True) -> float:
+        """How long the device works on ``run``, which the host needs about that long to issue; with
+        nothing of it in the L2 cache if ``cold``."""
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
@@ -76,6 +76,21 @@ class Device:
     def launches(self, run: Run) -> dict[str, int] | None:
         """How often each kernel, copy or fill is launched in ``run``; None: cannot be told."""
         return None
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """What happens within is what ``ncu --profile-from-start off`` looks at."""
+        yield
+
+    def empty_launch(self) -> None:
+        """Launch a kernel that does nothing."""
+
+    def leave_the_cache(self) -> None:
+        """Fill the L2 cache with other things."""
+
+    def kernel_seconds(self, run: Run) -> list[tuple[str, float]]:
+        """Each kernel that ``run`` launches, in order, with its time; here, of the operators."""
+        return profiled(run, self.synchronize, is_cuda=False)
 
     def versions(self) -> dict[str, str]:
         """GPU, driver and compilers."""
@@ -120,15 +135,16 @@ class Cuda(Device):
         except RuntimeError:
             return False
 
-    def device_seconds(self, run: Run, host_seconds: float) -> float:
-        """From the first kernel to the last, the weights not in the cache at first.
+    def device_seconds(self, run: Run, host_seconds: float, cold: bool = True) -> float:
+        """From the first kernel to the last, if ``cold`` the weights not in the cache at first.
 
         The device is kept busy until the host has issued everything, so that it never waits for
         the host in between. More launches than the queue of the driver holds (about a thousand)
         cannot be issued ahead, and then the time has the waits in it.
         """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.others.sum()
+        if cold:
+            self.leave_the_cache()
         wait = min(0.05, 2 * host_seconds + 50e-6)
         torch.cuda._sleep(int(wait * self.cycles_per_second))
         start.record()
@@ -150,6 +166,20 @@ class Cuda(Device):
     def launches(self, run: Run) -> dict[str, int] | None:
         return count_launches(run)
 
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        with torch.cuda.profiler.profile():
+            yield
+
+    def empty_launch(self) -> None:
+        torch.cuda._sleep(0)
+
+    def leave_the_cache(self) -> None:
+        self.others.sum()
+
+    def kernel_seconds(self, run: Run) -> list[tuple[str, float]]:
+        return profiled(run, self.synchronize, is_cuda=True)
+
     def versions(self) -> dict[str, str]:
         try:
             import triton
@@ -167,63 +197,31 @@ class Cuda(Device):
         }
 
 
-def count_launches(run: Run) -> dict[str, int] | None:
-    """How often each kernel, copy or fill runs on the GPU in ``run``; None: the profiler saw none.
+def profiled(run: Run, synchronize: Run, is_cuda: bool) -> list[tuple[str, float]]:
+    """Name and seconds of each thing that the device does in ``run``, in order, by the profiler; of
+    each of fastsn's operators if not ``is_cuda``.
 
     The profiler may slow down what comes after it in the same process.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
+    with profile(activities=activities) as profiler:
         run()
-        torch.cuda.synchronize()
-    counts: dict[str, int] = {}
-    for event in profiler.events() or ():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            counts[event.name] = counts.get(event.name, 0) + 1
-    return counts or None
+        synchronize()
+    kind = DeviceType.CUDA if is_cuda else DeviceType.CPU
+    events = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == kind
+        and not event.is_user_annotation
+        and (is_cuda or event.name.startswith("fastsn::"))
+    ]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() / 1e6) for event in events]
 
 
-def find_tool(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit, which is not always on PATH."""
-    places = [os.environ.get("PATH", "")]
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    for home in filter(None, homes):
-        places += [str(Path(home) / "bin"), str(Path(home) / "compute-sanitizer")]
-    return shutil.which(name, path=os.pathsep.join(places))
-
-
-def output_of(name: str, *arguments: str) -> str:
-    """What a program prints; nothing if there is no such program or it fails."""
-    path = find_tool(name)
-    if path is None:
-        return ""
-    try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def commit() -> tuple[str, str]:
-    """The commit (FASTSN_COMMIT, else git's, else "unknown") and whether the tree differs from it.
-
-    FASTSN_COMMIT speaks for a copy of the tree that has no repository; "-dirty" at its end says
-    that the copy differs from the commit.
-    """
-    named = os.environ.get("FASTSN_COMMIT", "")
-    if named:
-        return named.removesuffix("-dirty"), str(named.endswith("-dirty")).lower()
-    root = Path(__file__).parents[1]
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        # Results are made from the tree, and are no part of what is measured.
-        what = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
-        status = subprocess.run([*git, *what], capture_output=True, text=True)
-    except OSError:
-        return "unknown", "unknown"
-    if head.returncode or status.returncode:
-        return "unknown", "unknown"
-    return head.stdout.strip()[:12], str(bool(status.stdout.strip())).lower()
+def count_launches(run: Run) -> dict[str, int] | None:
+    """How often each kernel, copy or fill runs on the GPU; None: the profiler saw none."""
+    return dict(Counter(name for name, _ in profiled(run, torch.cuda.synchronize, True))) or None

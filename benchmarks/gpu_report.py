@@ -1,8 +1,13 @@
-"""From the CSV of the GPU benchmarks: the project's targets, met or missed, and two charts."""
+"""From the CSV of the GPU benchmarks: the project's targets, met or missed, and two charts.
+
+``python -m benchmarks.gpu_report DIR`` prints the former and draws the latter.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,15 +153,36 @@ def launches(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def summary(rows: Sequence[Row], of: Sequence[Target], failures: Sequence[str]) -> str:
+def kernels(rows: Sequence[Row]) -> list[str]:
+    """A line for each mode of each network whose kernels were timed, and for the empty launch."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["part"] in ("kernels", "overlap", "empty") and row["median_us"]:
+            words = (row["part"], row["network"], row["mode"], row["variant"])
+            name = ", ".join(filter(None, words))
+            speed = f" ({float(row['gb_per_second']):.0f} GB/s)" if row["gb_per_second"] else ""
+            kernel = row["note"] or row["metric"]
+            found.setdefault(name, []).append(f"{kernel} {float(row['median_us']):.3g} us{speed}")
+    return [f"{name}: {', '.join(values)}" for name, values in found.items()]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """In words, what has failed and was not measured since."""
+    places = ("part", "network", "mode", "variant")
+    last = {tuple(row[place] for place in places): row for row in rows}
+    failed = [row for row in last.values() if row["metric"] == "failed"]
+    return [", ".join(row[word] for word in (*places, "note") if row[word]) for row in failed]
+
+
+def summary(rows: Sequence[Row], of: Sequence[Target], failed: Sequence[str]) -> str:
     """The short table: what was measured, the targets, and what failed."""
-    bandwidth = number(rows, "value", part="copy", metric="GB/s")
+    bandwidth = number(rows, "gb_per_second", part="copy")
     lines = [caption(rows)]
     if bandwidth is not None:
         lines.append(f"copy, bytes read and written: {bandwidth:.0f} GB/s")
     lines += [target.line(rows) for target in of]
-    lines += launches(rows)
-    lines += [f"FAILED {failure}" for failure in failures]
+    lines += [*kernels(rows), *launches(rows)]
+    lines += [f"FAILED {failure}" for failure in failed]
     return "\n".join(lines)
 
 
@@ -219,7 +245,14 @@ def draw_weights(path: Path, rows: Sequence[Row]) -> None:
     for i, (metric, column, title) in enumerate(panels):
         for j, mode in enumerate(modes):
             axes = grid[i, j]
-            values = _select(rows, column, "network", part="weights", mode=mode, metric=metric)
+            # Where a variant is in both, that which was measured beside all others.
+            values = {
+                name: heights
+                for part in ("backends", "weights")
+                for name, heights in _select(
+                    rows, column, "network", part=part, mode=mode, metric=metric
+                ).items()
+            }
             values = {
                 name: heights
                 for name, heights in values.items()
@@ -261,3 +294,39 @@ def draw_training(path: Path, rows: Sequence[Row]) -> None:
         figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2)
     figure.supxlabel(caption(rows), fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+CHARTS = {"weights.png": draw_weights, "training.png": draw_training}
+
+
+def report(out: Path, of: Sequence[Target]) -> tuple[str, list[str]]:
+    """Draw the charts; return the summary of what the CSV file holds by now, and what could not be
+    drawn."""
+    rows = read(out / "measurements.csv")
+    missing = []
+    for name, draw in CHARTS.items():
+        try:
+            draw(out / name, rows)
+        except Exception as error:  # the numbers are there without the picture
+            missing.append(f"{name}: {type(error).__name__}: {error}")
+    return summary(rows, of, [*failures(rows), *missing]), missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder of the results")
+    parser.add_argument("--backend", default="cuda", help="whose targets; none: no targets")
+    options = parser.parse_args(arguments)
+
+    of = []
+    if options.backend != "none":
+        from benchmarks.gpu_training import JOBS, PRECISIONS
+
+        of = targets(options.backend, list(JOBS), list(PRECISIONS))
+    text, missing = report(options.out, of)
+    print(text)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 #: The columns of the CSV file; those of :meth:`Recorder.origin` follow.
 COLUMNS = (
     *("part", "network", "mode", "variant", "metric", "median_us", "p25_us", "p75_us", "iqr_us"),
-    *("rounds", "floor_us", "times_floor", "baseline", "faster_than_baseline"),
+    *("rounds", "floor_us", "times_floor", "gb_per_second", "baseline", "faster_than_baseline"),
     *("overhead_us", "overhead_percent", "value", "error", "note"),
 )
 
@@ -33,6 +33,10 @@ class DeviceLost(Exception):
     def __init__(self, variant: str) -> None:
         super().__init__(f"the device was lost while {variant!r} ran")
         self.variant = variant
+
+
+class TimeUp(Exception):
+    """There was no time to go on with a task."""
 
 
 @dataclass
@@ -87,6 +91,11 @@ class Recorder:
     @property
     def is_late(self) -> bool:
         return time.monotonic() > self.deadline
+
+    def require_time(self) -> None:
+        """Raise TimeUp if nothing is to be begun any more."""
+        if self.is_late:
+            raise TimeUp
 
 
 def shown(value: object) -> str:

@@ -1,351 +1,107 @@
-"""Everything that needs a GPU, in one call of under eight minutes: ``make gpu``.
+"""Everything that needs a GPU, in calls that may be short and may be killed: ``make gpu``.
 
-Builds the extension with the Python that runs this, says what can run, runs the GPU tests of each
-back-end and compute-sanitizer side by side, and then, alone, the benchmarks. A step that fails does
-not keep the others from running. The folder of the results gets
+``info`` decides: unless the CUDA back-end can run, nothing else is done. Then, in the order of what
+they are worth: the tests of that back-end; timings of spectral norm, of training, and of each
+kernel; the hardware's counters; launches overlapped or not, and an empty one; tests and timings of
+Triton; compute-sanitizer; and the rest. Nothing runs beside what is timed.
 
-- ``session.log``: what every step printed,
-- ``session.json``: every step with its outcome, and where all this ran,
-- ``measurements.csv``, ``weights.png``, ``training.png``: the benchmarks.
+A call takes ``--seconds`` and prints the command that goes on from there; so it does after it was
+killed, and a failure is tried again once sources have changed. The folder of the results gets
 
-A short table comes last; the exit status is not 0 if anything failed. ``--rehearse`` goes the same
-way on the CPU with tiny networks and builds nothing.
+- ``session.log``: what every step prints, as it prints it,
+- ``session.json``: what became of each step, and where all this ran,
+- ``progress.csv``: each test and each measurement as it begins and ends,
+- ``measurements.csv``, ``weights.png``, ``training.png``, ``ncu.csv``: what was measured.
+
+The machine needs Python with torch, pytest, pytest-benchmark, hypothesis, numpy, matplotlib and the
+CUDA toolkit; no network, make, or git (FASTSN_COMMIT names the commit). To bring along: the tree,
+``build/prebuilt/`` if it is not to be built there (``python -m benchmarks.gpu_prebuild --help``
+says how it is made), and to go on the folder of the results so far, which ``--resume`` names.
+
+Exit status: 0, all passed; 1, something failed; 2, nothing can be run here; 3, all passed so far,
+and more is left. ``--rehearse`` goes the same way on the CPU, with tiny networks.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
-from benchmarks.gpu_device import commit, find_tool, output_of
+from benchmarks.gpu_prebuild import capability_here
+from benchmarks.gpu_progress import DIED, FAILED, Progress
+from benchmarks.gpu_runner import CUT, FAIL, ROOT, Outcome, Session, Step, public
+from benchmarks.gpu_steps import GPU, REHEARSAL, Plan, plan
+from benchmarks.gpu_tools import commit, find_tool, output_of
 
-ROOT = Path(__file__).parents[1]
-#: Seconds for everything.
-BUDGET = 465.0
-#: The end of a step's output that is kept, in bytes.
-LOG_LIMIT = 1_500_000
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command with a time limit.
-
-    Attributes:
-        judge: given the exit status and the output, in words what is wrong, or None.
-        is_optional: where there is no time for it, or not enough, that is no failure.
-    """
-
-    name: str
-    command: Sequence[str]
-    seconds: float
-    environment: Mapping[str, str] = field(default_factory=dict)
-    judge: Callable[[int, str], str | None] = lambda status, output: (
-        f"exit status {status}" if status else None
-    )
-    is_optional: bool = False
+#: Of the first call: two more fit into a quarter of an hour, after whatever it finds is mended.
+SECONDS = 300.0
+#: Of them, to draw the charts.
+REPORT = 15.0
 
 
-@dataclass
-class Outcome:
-    """What became of a step."""
-
-    name: str
-    passed: bool
-    seconds: float
-    detail: str
-
-
-class Session:
-    """Runs steps, keeps their output in one file, and remembers what became of them."""
-
-    def __init__(self, out: Path, budget: float = BUDGET) -> None:
-        self.out = out
-        self.log = out / "session.log"
-        self.deadline = time.monotonic() + budget
-        self.outcomes: list[Outcome] = []
-        out.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")
-
-    @property
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def run(self, *steps: Step) -> bool:
-        """Run the steps side by side; whether all passed."""
-        running = []
-        for step in steps:
-            limit = min(step.seconds, self.seconds_left)
-            if limit < min(10.0, step.seconds):
-                skipped = Outcome(step.name, step.is_optional, 0.0, "not run: no time was left")
-                self.outcomes.append(skipped)
-                print(shown(skipped), flush=True)
-                continue
-            path = self.out / f".{re.sub('[^a-z0-9]+', '-', step.name.lower())}.log"
-            running.append((step, path, *self._start(step, path), time.monotonic(), limit))
-        passed = True
-        for step, path, process, error, start, limit in running:
-            outcome = self._finish(step, path, process, error, start, limit)
-            passed &= outcome.passed
-        return passed and len(running) == len(steps)
-
-    def _start(self, step: Step, path: Path) -> tuple[subprocess.Popen[bytes] | None, str]:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-        environment = {**os.environ, **own, **step.environment}
-        with path.open("wb") as file:
-            try:
-                process = subprocess.Popen(
-                    step.command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                return None, str(error)
-        return process, ""
-
-    def _finish(
-        self,
-        step: Step,
-        path: Path,
-        process: subprocess.Popen[bytes] | None,
-        error: str,
-        start: float,
-        limit: float,
-    ) -> Outcome:
-        wrong: str | None = error or None
-        is_late = False
-        if process is not None:
-            try:
-                status = process.wait(max(0.1, start + limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                wrong = f"stopped after {limit:.0f} s"
-                is_late = True
-            finally:
-                stop(process)
-        seconds = time.monotonic() - start
-        output = path.read_bytes()[-LOG_LIMIT:].decode(errors="replace")
-        path.unlink()
-        if wrong is None:
-            wrong = step.judge(status, output)
-        with self.log.open("a") as log:
-            log.write(public(f"\n===== {step.name}: {' '.join(step.command)}\n{output}\n"))
-            log.write(f"===== {step.name}: {wrong or 'passed'}, {seconds:.1f} s\n")
-        detail = wrong or last_words(output)
-        passed = wrong is None or (is_late and step.is_optional)
-        outcome = Outcome(step.name, passed, round(seconds, 1), detail)
-        self.outcomes.append(outcome)
-        print(shown(outcome), flush=True)
-        return outcome
+def carry_out(session: Session, steps: Plan) -> bool:
+    """Run what is left, as far as time allows; False if nothing can be run here."""
+    if not session.run(steps.extension) and steps.extension is not steps.build:
+        session.run(steps.build)
+    if not session.run(steps.info):
+        print(f"no further step: {session.outcomes[steps.info.name].detail}", flush=True)
+        return False
+    for stage in steps.stages:
+        session.run(*stage)
+    return True
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it has started."""
+def left_in(session: Session, steps: Plan) -> list[Step]:
+    return [step for stage in steps.stages for step in stage if not session.is_settled(step)]
+
+
+def failed_in(session: Session, steps: Plan) -> list[str]:
+    """The steps that failed, those with a failure that are not yet at their end included."""
+    failed = [name for name, outcome in session.outcomes.items() if outcome.state == FAIL]
+    for stage in steps.stages:
+        for step in stage:
+            progress = Progress(str(session.progress), step.name, session.sources)
+            if step.name not in failed and {FAILED, DIED} & set(progress.settled().values()):
+                failed.append(step.name)
+    return failed
+
+
+def report(out: Path, backend: str) -> tuple[list[str], bool]:
+    """Draw the charts; return the lines of the summary, and whether that went well."""
+    if not (out / "measurements.csv").exists():
+        return [], True
+    command = [sys.executable, "-m", "benchmarks.gpu_report", str(out), "--backend", backend]
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    # A process that waits for a GPU that does not answer cannot be ended.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-
-
-def public(text: str) -> str:
-    """Without the places of this machine: results are published."""
-    places = {sys.executable: "python", str(ROOT): ".", sys.prefix: "<prefix>"}
-    for place, name in places.items():
-        text = text.replace(place, name)
-    return text
-
-
-def last_words(output: str) -> str:
-    lines = [line.strip(" =") for line in output.splitlines() if line.strip(" =")]
-    return lines[-1][:90] if lines else ""
-
-
-def shown(outcome: Outcome) -> str:
-    word = "passed" if outcome.passed else "FAILED"
-    return f"{outcome.name:<28} {word}  {outcome.seconds:6.1f} s  {outcome.detail}"
-
-
-def judge_info(status: int, output: str) -> str | None:
-    """The back-ends for GPUs must be able to run: everything after this is about them."""
-    if status:
-        return f"exit status {status}"
-    missing = [
-        " ".join(line.split())
-        for line in output.splitlines()
-        if line.split()[:1] in (["cuda"], ["triton"]) and "cannot run" in line
-    ]
-    return "; ".join(missing)[:200] or None
-
-
-def judge_tests(status: int, output: str) -> str | None:
-    """Something must have passed, and nothing failed."""
-    line = last_words(output)
-    if status or not re.search(r"\b[1-9]\d* passed", line):
-        return f"exit status {status}: {line}"
-    return None
-
-
-def judge_sanitizer(status: int, output: str) -> str | None:
-    """The program must have come to its end, and the tool must say that it found nothing."""
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-    if "all calls agree with the reference" not in output:
-        return f"exit status {status}: the program did not come to its end; {found[-1:] or ''}"
-    if not found:
-        return "the tool gave no summary"
-    if status or not re.search(r"SUMMARY: 0 (errors|hazards)", found[-1]):
-        return f"exit status {status}: {found[-1]}"
-    return None
-
-
-def build_step(cuda: str) -> Step:
-    return Step(
-        f"build, FASTSN_CUDA={cuda}",
-        [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
-        170,
-        {"FASTSN_CUDA": cuda, "MAX_JOBS": str(os.cpu_count() or 1)},
+        # A slow machine may take longer: all that counts is on disk by now.
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4 * REPORT)
+    except subprocess.TimeoutExpired:
+        return [f"FAILED report: took more than {4 * REPORT:.0f} s"], False
+    lines = public(done.stdout).splitlines()
+    return (
+        (lines, True)
+        if done.returncode == 0
+        else ([*lines, *public(done.stderr).splitlines()[-3:]], False)
     )
 
 
-#: In this order: the compiled model at the end of the last takes longest.
-TESTS = [f"tests/test_gpu{part}.py" for part in ("", "_models", "_state", "_streams", "_means")]
-
-
-def test_step(backend: str, seconds: float, *arguments: str, **environment: str) -> Step:
-    options = ["-q", "-ra", "--durations=15", "-p", "no:cacheprovider", "--color=no"]
-    return Step(
-        f"tests, {backend}",
-        [
-            *(sys.executable, "-m", "pytest", *TESTS, *options),
-            *("-o", "faulthandler_timeout=100", *arguments),
-        ],
-        seconds,
-        {"FASTSN_TEST_BACKENDS": backend, **environment},
-        judge_tests,
-    )
-
-
-def sanitizer_step(tool: str, seconds: float) -> Step:
-    program = find_tool("compute-sanitizer") or "compute-sanitizer"
-    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-    # The two that follow shared memory are slow.
-    quick = ["--quick"] if tool in ("racecheck", "synccheck") else []
-    return Step(
-        f"compute-sanitizer {tool}",
-        [program, *options, sys.executable, "tests/gpu_sanitize.py", *quick],
-        seconds,
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        judge_sanitizer,
-    )
-
-
-def benchmark_step(
-    session: Session, parts: Sequence[str], seconds: float, *arguments: str, optional: bool = False
-) -> Step:
-    # What begins within the limit of the program may end a little later.
-    seconds = max(1.0, seconds)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(session.out), "--append"]
-    return Step(
-        f"benchmarks, {', '.join(dict.fromkeys(part.split()[0] for part in parts))}",
-        [*command, "--only", *parts, "--seconds", f"{seconds:.0f}", *arguments],
-        seconds + START_AND_END,
-        is_optional=optional,
-    )
-
-
-#: Seconds that a benchmark program takes besides its limit: imports, and what it has just begun.
-START_AND_END = 18.0
-#: The programs of the benchmarks, each with its limit where there is time enough. A process each:
-#: what one does to the device does not touch the others, nor does the profiler.
-PROGRAMS = [
-    (["copy", "weights"], 75.0),
-    (["training", "msn"], 90.0),
-    (["autocast", "bsn", "launches"], 35.0),
-]
-
-
-def measure_on_gpu(session: Session) -> None:
-    """All steps, on a machine with a GPU."""
-    if not session.run(build_step("1")):
-        # Triton and the reference can still be tested and measured.
-        session.run(build_step("0"))
-    session.run(Step("info", [sys.executable, "-m", "fastsn", "info"], 60, judge=judge_info))
-    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-    session.run(
-        *(test_step(backend, 150) for backend in ("cuda", "triton", "reference")),
-        *(sanitizer_step(tool, 110) for tool in tools),
-    )
-    for i, (parts, seconds) in enumerate(PROGRAMS):
-        share = seconds / sum(others for _, others in PROGRAMS[i:])
-        left = share * session.seconds_left - START_AND_END
-        session.run(benchmark_step(session, parts, min(seconds, left)))
-    left = session.seconds_left - START_AND_END
-    if left > 25:
-        session.run(benchmark_step(session, ["compiled"], min(40, left), optional=True))
-
-
-def rehearse(session: Session) -> None:
-    """The same steps on the CPU, small and without a build."""
-    session.run(Step("info", [sys.executable, "-m", "fastsn", "info"], 60))
-    sanitize = [sys.executable, "tests/gpu_sanitize.py", "--quick"]
-    session.run(
-        test_step(
-            "cpp",
-            100,
-            "-k",
-            "not compiled and not environment and not Numbers or layouts",
-            FASTSN_TEST_DEVICE="cpu",
-        ),
-        Step("sanitize", [*sanitize, "--device", "cpu", "--backend", "cpp"], 60),
-    )
-    large, small = "small BigGAN D", "small SNDCGAN D"
-    parts = ["copy", *(f"{part} {small}" for part in ("weights", "autocast", "launches"))]
-    parts.append(f"bsn {large}")
-    session.run(benchmark_step(session, parts, 60, "--quick", "--device", "cpu"))
-
-
-def finish(session: Session, is_rehearsal: bool) -> list[str]:
-    """Write ``session.json``; return the lines of the last table."""
-    identity, dirty = commit()
-    lines = ["", *map(shown, session.outcomes), ""]
-    measurements = session.out / "measurements.csv"
-    if measurements.exists():
-        try:
-            from benchmarks import gpu_report
-            from benchmarks.gpu import failed_rows, report
-
-            failed = failed_rows(gpu_report.read(measurements))
-            summary, _ = report(session.out, is_rehearsal, failed)
-            lines += summary.splitlines()
-        except Exception as error:  # the table of the steps comes in any case
-            outcome = Outcome("report", False, 0.0, f"{type(error).__name__}: {error}")
-            session.outcomes.append(outcome)
-            lines.append(shown(outcome))
-    record = {
-        "commit": identity,
-        "dirty": dirty,
-        "python": sys.version.split()[0],
-        "nvidia_smi": output_of("nvidia-smi"),
-        "steps": [asdict(outcome) for outcome in session.outcomes],
-        "summary": lines,
-    }
-    (session.out / "session.json").write_text(json.dumps(record, indent=1) + "\n")
-    return lines
+def go_on(options: argparse.Namespace, out: Path) -> str:
+    """The command that does what is left."""
+    where = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    words = ["python", "-m", "benchmarks.gpu_session"]
+    words += ["--prebuilt"] * options.prebuilt + ["--rehearse"] * options.rehearse
+    words += ["--resume", str(where)]
+    words += [] if options.seconds == SECONDS else ["--seconds", f"{options.seconds:g}"]
+    return shlex.join(words)
 
 
 def default_folder() -> Path:
@@ -354,20 +110,9 @@ def default_folder() -> Path:
     return ROOT / "benchmarks" / "results" / slug
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<name of the GPU>")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, without a build")
-    options = parser.parse_args(arguments)
-
-    if not options.rehearse and not output_of("nvidia-smi", "-L").strip():
-        print("make gpu needs a GPU, and nvidia-smi finds none here; nothing was run")
-        return 2
-    # The results change the working tree: what it was before is what was measured.
+def prepare_environment() -> dict[str, str]:
+    """What all steps are to know; returns what ``session.json`` is to hold."""
+    # The results change the working tree: what it was before is what is measured.
     identity, dirty = commit()
     if identity != "unknown":
         os.environ["FASTSN_COMMIT"] = identity + ("-dirty" if dirty == "true" else "")
@@ -376,22 +121,112 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc is not None:
         folders = [os.environ.get("PATH", ""), str(Path(nvcc).parent)]
         os.environ["PATH"] = os.pathsep.join(filter(None, folders))
-    capability = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    if re.match(r"\d+\.\d", capability):  # for this GPU alone: that is faster to compile
-        os.environ.setdefault(
-            "FASTSN_CUDA_ARCHITECTURES", capability.splitlines()[0].strip().replace(".", "")
-        )
-    out = (options.out or default_folder()).resolve()
-    session = Session(out)
-    for name in ("measurements.csv", "weights.png", "training.png", "session.json"):
-        (out / name).unlink(missing_ok=True)
+    capability = capability_here()
+    if capability is not None:  # for this GPU alone: that is faster to compile
+        os.environ.setdefault("FASTSN_CUDA_ARCHITECTURES", capability)
+    return {
+        "commit": identity,
+        "dirty": dirty,
+        "python": sys.version.split()[0],
+        "nvidia_smi": output_of("nvidia-smi"),
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_session",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the folder of the results; default: that of --resume, or else "
+        "benchmarks/results/<name of the GPU>, which is begun anew",
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the results that are in DIR"
+    )
+    parser.add_argument(
+        "--prebuilt",
+        action="store_true",
+        help="use build/prebuilt/; build only if it cannot be used",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of this call, all in all (%(default)g)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, without a build")
+    options = parser.parse_args(arguments)
+    if options.resume is not None and not (options.resume / "session.json").exists():
+        parser.error(f"--resume: no session.json in {options.resume}, so there is nothing to go on")
+    return options
+
+
+def begin(options: argparse.Namespace, start: float) -> Session:
+    """The session, in its folder, which then has the results so far or none."""
+    out = (options.out or options.resume or default_folder()).resolve()
+    if options.resume is None:
+        for name in ("measurements.csv", "weights.png", "training.png", "ncu.csv"):
+            (out / name).unlink(missing_ok=True)
+    elif options.resume.resolve() != out:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in filter(Path.is_file, options.resume.iterdir()):
+            shutil.copyfile(path, out / path.name)
+    budget = options.seconds - REPORT - (time.monotonic() - start)
+    return Session(out, budget, resumes=options.resume is not None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    (rehearse if options.rehearse else measure_on_gpu)(session)
-    print("\n".join(finish(session, options.rehearse)))
-    failed = [outcome.name for outcome in session.outcomes if not outcome.passed]
-    print(f"\n{time.monotonic() - start:.0f} s; results in {out}")
-    print(f"FAILED: {', '.join(failed)}" if failed else "everything passed")
-    return 1 if failed else 0
+    options = parse(arguments)
+    if not options.rehearse and not output_of("nvidia-smi", "-L").strip():
+        print("make gpu needs a GPU, and nvidia-smi finds none here; nothing was run")
+        return 2
+    facts = prepare_environment()
+    session = begin(options, start)
+    session.facts.update(facts)
+    target = REHEARSAL if options.rehearse else GPU
+    steps = plan(target, session.out, options.prebuilt)
+    # Known before anything runs: it holds if this call is killed.
+    command = go_on(options, session.out)
+    print(
+        f"results: {session.out}\nif this call is cut off, the next command is: {command}",
+        flush=True,
+    )
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        can_run = carry_out(session, steps)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not can_run:
+        return 2
+    summary, is_drawn = report(session.out, "none" if options.rehearse else target.own)
+    lines = ["", *map(str, in_order(session, steps)), "", *summary]
+    session.facts["summary"] = lines
+    session.save()
+    left = left_in(session, steps)
+    failed = failed_in(session, steps) + ["report"] * (not is_drawn)
+    print("\n".join(lines))
+    print(f"\n{time.monotonic() - start:.0f} s; results in {session.out}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    if left:
+        print(f"left: {', '.join(step.name for step in left)}\nthe next command: {command}")
+    if not failed and not left:
+        print("everything passed")
+    return 1 if failed else 3 if left else 0
+
+
+def in_order(session: Session, steps: Plan) -> list[Outcome]:
+    """What became of every step of the plan."""
+    names = [steps.extension.name, steps.info.name]
+    names += [step.name for stage in steps.stages for step in stage]
+    outcomes = session.outcomes
+    return [outcomes.get(name, Outcome(name, CUT)) for name in dict.fromkeys([*outcomes, *names])]
 
 
 if __name__ == "__main__":

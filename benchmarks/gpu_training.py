@@ -283,6 +283,7 @@ def compete(
     ``own``: the variants that stand or fall with fastsn's back-end.
     """
     for way in ("eager", "captured"):
+        recorder.require_time()
         where = {"part": part, "network": name, "mode": f"{precision}, {way}"}
         what = f"{part} of {name}, {precision}, {way}"
         ready: dict[str, Sampled] = {}

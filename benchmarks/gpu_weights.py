@@ -129,14 +129,20 @@ BSN = replace(FASTSN, normalize=partial(accelerated, norm="bidirectional"), norm
 
 
 def main_variants(device: Device) -> dict[str, Variant]:
-    """torch's two forms and fastsn by each back-end; the operators alone by the first of them."""
+    """torch's two forms, and fastsn and its operators alone by the first of the back-ends."""
     first = device.backends[0]
     return {
         "torch": TORCH,
         "torch hook": HOOK,
-        **{f"fastsn {name}": replace(FASTSN, backend=name) for name in device.backends},
+        f"fastsn {first}": replace(FASTSN, backend=first),
         "operators": replace(FASTSN, reader=read_operators, backend=first, is_captured=False),
     }
+
+
+def backend_variants(device: Device) -> dict[str, Variant]:
+    """torch, and fastsn by each back-end."""
+    own = {f"fastsn {name}": replace(FASTSN, backend=name) for name in device.backends}
+    return {"torch": TORCH, **own}
 
 
 class Subject:
@@ -349,8 +355,8 @@ class Contest:
         """Gate, capture and sample every variant in every mode, and record the rows."""
         subjects = self.subjects(recorder)
         for name, mode in self.modes.items():
-            if not recorder.is_late:
-                self._hold_one(subjects, name, mode, recorder, plan, bandwidth)
+            recorder.require_time()
+            self._hold_one(subjects, name, mode, recorder, plan, bandwidth)
 
     def _hold_one(
         self,
@@ -387,6 +393,8 @@ class Contest:
                 row |= time_columns(
                     [times[metric] for times in taken], floor / bandwidth if is_device else None
                 )
+                if is_device:
+                    row["gb_per_second"] = floor / (row["median_us"] * 1e3)
                 base = medians.get(self.baseline, {}).get(metric)
                 if base is not None:
                     row["baseline"] = self.baseline

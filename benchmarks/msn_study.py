@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 import fastsn
 from benchmarks.charts import Row
-from benchmarks.gpu_device import commit
+from benchmarks.gpu_tools import commit
 from benchmarks.msn_networks import Network, build, cnn, vgg7
 from benchmarks.msn_study_report import CNN, NETWORKS, VARIANTS, as_table, plot, summary
 from benchmarks.report import write_csv

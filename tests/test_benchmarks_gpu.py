@@ -1,64 +1,36 @@
-"""The GPU benchmarks and the session of `make gpu`, on the CPU: gates, failures, report, steps."""
+"""The GPU benchmarks, on the CPU: gates, failures, device, report."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import recorded
 import torch
+from recorded import ORIGIN, SHORT, build, rows_of
 from torch import nn
 
 from benchmarks import (
     gpu,
     gpu_device,
     gpu_report,
-    gpu_session,
+    gpu_tools,
     gpu_training,
     gpu_weights,
     networks,
 )
 from benchmarks.gpu_device import Cuda, Device
+from benchmarks.gpu_progress import LEFT, PASSED, Progress
 from benchmarks.gpu_sampling import COLUMNS, DeviceLost, Recorder, take_turns, time_columns
-from benchmarks.gpu_session import Session, Step
 from benchmarks.gpu_weights import BSN, FASTSN, HOOK, MODES, TORCH, Contest, Contestant, Subject
 from benchmarks.harness import Plan
 
-ROOT = Path(__file__).parents[1]
-SHORT = Plan(least=2, most=2, warmup=1)
-ORIGIN = {
-    "commit": "0123456789ab",
-    "dirty": "true",
-    "gpu": "A GPU",
-    "driver": "1.2",
-    "triton": "3.6.0",
-    "nvcc": "13.0",
-    "torch": "2.11.0",
-    "date": "2026-01-02",
-}
-
-
-@pytest.fixture
-def recorder(tmp_path: Path) -> Recorder:
-    recorder = Recorder(tmp_path / "measurements.csv", ORIGIN, Device())
-    recorder.start(append=False)
-    return recorder
-
-
-def rows_of(recorder: Recorder) -> list[dict[str, str]]:
-    return gpu_report.read(recorder.path)
-
-
-def build() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Linear(40, 30))
-
+recorder = recorded.recorder
 
 # Gates
 
@@ -248,11 +220,60 @@ def test_a_lost_device_names_the_backend(recorder: Recorder) -> None:
     assert caught.value.variant == "fastsn cuda"
 
 
-def test_what_is_left_when_time_is_up_is_a_failure(tmp_path: Path) -> None:
+def test_what_is_left_when_time_is_up_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--seconds", "0"]
-    assert gpu.main([*arguments, "--only", "bsn"]) == 1
-    notes = gpu.failed_rows(gpu_report.read(tmp_path / "measurements.csv"))
-    assert len(notes) == 2 and all("no time left" in note for note in notes)
+    assert gpu.main([*arguments, "--only", "bsn"]) == LEFT
+    words = "left: bsn small SNDCGAN D\nleft: bsn small BigGAN D\n"
+    assert capsys.readouterr().out.endswith(words)
+    assert not gpu_report.failures(gpu_report.read(tmp_path / "measurements.csv"))
+
+
+@pytest.fixture
+def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Progress:
+    """What the session tells the program."""
+    progress = Progress(str(tmp_path / "progress.csv"), "timings")
+    for name, value in progress.environment().items():
+        monkeypatch.setenv(name, value)
+    return progress
+
+
+def test_tasks_are_noted_in_the_order_of_their_names_and_not_repeated(
+    tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Tasks(gpu.Benchmarks):
+        def tasks(self) -> dict[str, gpu.Task]:
+            names = ("copy", "bsn one", "bsn two", "empty")
+            return {name: (lambda name=name: done.append(name)) for name in names}  # type: ignore[misc]
+
+    monkeypatch.setattr(gpu, "Benchmarks", Tasks)
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--append", "--only"]
+    assert gpu.main([*arguments, "empty", "bsn two"]) == 0
+    assert gpu.main([*arguments, "bsn", "empty", "copy"]) == 0
+    assert done == ["empty", "bsn two", "bsn one", "copy"]
+    assert progress.settled() == dict.fromkeys(done, PASSED)
+
+
+def test_a_task_that_is_cut_short_is_left(
+    recorder: Recorder, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two modes time is up: what was measured stays, and the task is to be repeated."""
+    hold_one = Contest._hold_one
+
+    def slow(self: Contest, *args: object) -> None:
+        hold_one(self, *args)
+        args[3].deadline = 0.0
+
+    monkeypatch.setattr(Contest, "_hold_one", slow)
+    arguments = ["--out", str(recorder.path.parent), "--quick", "--device", "cpu", "--append"]
+    assert gpu.main([*arguments, "--only", "bsn small SNDCGAN D"]) == LEFT
+    assert not progress.settled() and [line.item for line in progress.begun()] == [
+        "bsn small SNDCGAN D"
+    ]
+    assert {row["mode"] for row in rows_of(recorder) if row["part"] == "bsn"} == {"forward"}
 
 
 def test_unknown_part(tmp_path: Path) -> None:
@@ -346,9 +367,9 @@ def test_versions_without_a_driver(events: Events, monkeypatch: pytest.MonkeyPat
 
 def test_commit_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSN_COMMIT", "abc-dirty")
-    assert gpu_device.commit() == ("abc", "true")
+    assert gpu_tools.commit() == ("abc", "true")
     monkeypatch.setenv("FASTSN_COMMIT", "abc")
-    assert gpu_device.commit() == ("abc", "false")
+    assert gpu_tools.commit() == ("abc", "false")
 
 
 # Report
@@ -364,7 +385,7 @@ def made_up_rows() -> list[dict[str, str]]:
         found.append(row | where | {"metric": metric} | {k: str(v) for k, v in values.items()})
 
     variants = ["torch", "torch hook", "fastsn cuda", "fastsn triton", "fastsn reference"]
-    add("copy", "", "", "", "GB/s", value=3000)
+    add("copy", "", "", "", "copy", gb_per_second=3000)
     for i, network in enumerate(networks.NETWORKS):
         for mode in MODES:
             for j, variant in enumerate(variants):
@@ -431,145 +452,28 @@ def test_charts_are_drawn(tmp_path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def test_a_chart_that_cannot_be_drawn_does_not_hide_the_numbers(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(path: Path, rows: object) -> None:
         raise ImportError("no matplotlib")
 
-    monkeypatch.setitem(gpu.CHARTS, "weights.png", broken)
-    recorder.record([{"part": "copy", "metric": "GB/s", "value": 123.0}])
-    summary, failures = gpu.report(recorder.path.parent, True, ["x: broke"])
-    assert failures == ["x: broke", "weights.png: ImportError: no matplotlib"]
-    assert "123 GB/s" in summary and "FAILED weights.png" in summary
+    monkeypatch.setitem(gpu_report.CHARTS, "weights.png", broken)
+    recorder.record([{"part": "copy", "metric": "copy", "gb_per_second": 123.0}])
+    assert gpu_report.main([str(recorder.path.parent), "--backend", "none"]) == 1
+    summary = capsys.readouterr().out
+    assert "123 GB/s" in summary and "FAILED weights.png: ImportError: no matplotlib" in summary
+    assert (recorder.path.parent / "training.png").exists()
 
 
-# The session
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_steps_run_side_by_side_and_none_stops_the_others(tmp_path: Path) -> None:
-    session = Session(tmp_path, budget=60)
-    waits = "import time; time.sleep(60)"
-    assert not session.run(
-        Step("hangs", python(f"import subprocess; {waits}"), 1.0),
-        Step("fails", python("print('broken'); raise SystemExit(3)"), 30),
-        Step("passes", python("print('fine')"), 30),
-        Step("missing", ["/no/such/program"], 30),
-    )
-    assert [(o.name, o.passed) for o in session.outcomes] == [
-        *(("hangs", False), ("fails", False), ("passes", True), ("missing", False))
-    ]
-    assert [o.detail for o in session.outcomes][:3] == [
-        "stopped after 1 s",
-        "exit status 3",
-        "fine",
-    ]
-    log = session.log.read_text()
-    assert "broken" in log and "fine" in log and "fails: exit status 3" in log
-    assert sys.executable not in log and "python -c" in log
-    assert os.listdir(tmp_path) == ["session.log"]
-
-
-def test_no_time_left_is_a_failure_unless_the_step_is_optional(tmp_path: Path) -> None:
-    session = Session(tmp_path, budget=5)
-    assert not session.run(Step("needed", python("pass"), 30))
-    session.run(Step("optional", python("pass"), 30, is_optional=True))
-    assert [outcome.passed for outcome in session.outcomes] == [False, True]
-
-    session = Session(tmp_path, budget=60)
-    waits = python("import time; time.sleep(60)")
-    session.run(Step("needed", waits, 0.2), Step("optional", waits, 0.2, is_optional=True))
-    session.run(Step("broken", python("raise SystemExit(1)"), 30, is_optional=True))
-    assert [outcome.passed for outcome in session.outcomes] == [False, True, False]
-
-
-SUMMARY = "all calls agree with the reference\n========= ERROR SUMMARY: {} errors\n"
-RACES = "all calls agree with the reference\n========= RACECHECK SUMMARY: {} hazards displayed\n"
-
-
-def test_judges() -> None:
-    judge = gpu_session.judge_sanitizer
-    assert judge(0, SUMMARY.format(0)) is None and judge(0, RACES.format(0)) is None
-    for status, output in [
-        (9, SUMMARY.format(2)),
-        (0, SUMMARY.format(2)),
-        (9, SUMMARY.format(0)),
-        (0, RACES.format(10)),
-        (0, SUMMARY.format(0).replace("agree", "disagree")),
-        (0, "all calls agree with the reference\n"),
-        (0, ""),
-    ]:
-        assert judge(status, output)
-    assert gpu_session.judge_tests(0, "===== 3 passed, 1 skipped in 2s =====\n") is None
-    for status, output in [
-        (1, "== 3 passed, 1 failed in 2s =="),
-        (0, "== 4 skipped in 2s =="),
-        (5, ""),
-    ]:
-        assert gpu_session.judge_tests(status, output)
-    assert gpu_session.judge_info(0, "  cpp  can run\n  cuda  can run\n  triton  can run") is None
-    missing = gpu_session.judge_info(0, "  cuda  cannot run: not built\n  triton  can run")
-    assert missing == "cuda cannot run: not built"
-
-
-def test_without_a_gpu_nothing_is_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(gpu_session, "output_of", lambda *arguments: "")
-    assert gpu_session.main(["--out", str(tmp_path / "out")]) == 2
-    assert "needs a GPU" in capsys.readouterr().out and not (tmp_path / "out").exists()
-
-
-def test_the_session_on_a_gpu_runs_every_step(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    steps: list[Step] = []
-
-    def run(self: Session, *given: Step) -> bool:
-        steps.extend(given)
-        return not given[0].name.startswith("build, FASTSN_CUDA=1")
-
-    monkeypatch.setattr(Session, "run", run)
-    session = Session(tmp_path)
-    gpu_session.measure_on_gpu(session)
-    names = [step.name for step in steps]
-    assert names[:3] == ["build, FASTSN_CUDA=1", "build, FASTSN_CUDA=0", "info"]
-    assert names[3:6] == ["tests, cuda", "tests, triton", "tests, reference"]
-    tests = {f"tests/{path.name}" for path in ROOT.glob("tests/test_gpu*.py")}
-    assert all(tests <= set(step.command) for step in steps[3:6])
-    tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert names[6:10] == [f"compute-sanitizer {tool}" for tool in tools]
-    measured = [part for step in steps[10:] for part in gpu.PARTS if part in step.command]
-    assert sorted(measured) == sorted(gpu.PARTS)
-    assert sum(step.seconds for step in steps[10:]) < gpu_session.BUDGET - 150
+def test_what_was_measured_after_it_failed_has_not_failed(recorder: Recorder) -> None:
+    where = {"part": "weights", "network": "n", "mode": "forward"}
+    for variant in ("a", "b"):
+        recorder.record([{**where, "variant": variant, "metric": "failed", "note": "broke"}])
+    recorder.record([{**where, "variant": "a", "metric": "device", "median_us": 1.0}])
+    assert gpu_report.failures(rows_of(recorder)) == ["weights, n, forward, b, broke"]
 
 
 # All of it
-
-
-def test_a_rehearsal_writes_everything(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_session", "--rehearse", "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    log = (tmp_path / "session.log").read_text()
-    assert done.returncode == 0, done.stdout + log[-5000:]
-    assert "everything passed" in done.stdout.splitlines()[-1]
-    assert sorted(os.listdir(tmp_path)) == [
-        *("measurements.csv", "session.json", "session.log", "training.png", "weights.png")
-    ]
-    record = json.loads((tmp_path / "session.json").read_text())
-    assert all(step["passed"] for step in record["steps"]) and len(record["steps"]) == 4
-    rows = gpu_report.read(tmp_path / "measurements.csv")
-    weights = {(r["network"], r["mode"], r["variant"]) for r in rows if r["part"] == "weights"}
-    assert weights == {
-        ("small SNDCGAN D", mode, variant)
-        for mode in MODES
-        for variant in gpu_weights.main_variants(Device())
-    }
-    assert {r["part"] for r in rows} == {"copy", "weights", "autocast", "bsn", "launches"}
-    assert all(r["commit"] and r["torch"] == torch.__version__ for r in rows)
 
 
 def test_quick_training_measures_every_variant(tmp_path: Path) -> None:
