@@ -25,7 +25,7 @@ PACK = 4
 LARGEST_INT = 2**31 - 1
 #: Rows and columns that the host lets through.
 LARGEST = LARGEST_INT - 2**16
-LEAST_TILE = 24 * 1024
+LEAST_TILE = 12 * 1024
 TILES = 128
 #: Where units come first, of the part of a weight that a tile reads twice.
 SLAB_BYTES, SECTOR_BYTES = 96 * 1024, 32

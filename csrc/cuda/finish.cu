@@ -138,10 +138,15 @@ __device__ __forceinline__ Pack<Acc> sum_tiles(
   return sum;
 }
 
+// Blocks that a multiprocessor runs at once: those of a network of some million elements all start
+// together.
+template <typename Acc>
+constexpr int kFinishBlocks = sizeof(Acc) == 8 ? 2 : 3;
+
 // A block adds up a chunk of the summands of `second`; the last one of an item goes on to the
 // norms, and to the vectors if they are short.
 template <typename Acc, int kBytes>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks<Acc>) finish_kernel(
     const __grid_constant__ Batch<PowerItem, kBytes> batch,
     const __grid_constant__ Power<Acc> call) {
   constexpr int kLanes = kReduceChunk / kPack;

@@ -9,7 +9,7 @@ namespace {
 // a GPU, ...
 constexpr int64_t kTiles = 128;
 // ... of no fewer elements than this: a tile has costs of its own.
-constexpr int64_t kTileNumel = 24 * 1024;
+constexpr int64_t kTileNumel = 12 * 1024;
 
 // Where the units come first, a tile is read twice. It has no more bytes than this, so that it is
 // in a cache the second time: those of all blocks that a GPU runs at once fit into half of a
