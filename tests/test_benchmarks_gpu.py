@@ -10,9 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import recorded
 import torch
-from recorded import ORIGIN, SHORT, build, rows_of
+from session_records import ORIGIN, SHORT, build, rows_of
 from torch import nn
 
 from benchmarks import (

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import recorded
 import torch
-from recorded import SHORT, build, rows_of
+from session_records import SHORT, build, rows_of
 
 import fastsn
 from benchmarks import gpu_kernels, gpu_ncu, gpu_report
