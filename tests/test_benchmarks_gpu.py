@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import session_records
 import torch
 from session_records import ORIGIN, SHORT, build, rows_of
 from torch import nn
@@ -29,7 +30,7 @@ from benchmarks.gpu_sampling import COLUMNS, DeviceLost, Recorder, take_turns, t
 from benchmarks.gpu_weights import BSN, FASTSN, HOOK, MODES, TORCH, Contest, Contestant, Subject
 from benchmarks.harness import Plan
 
-recorder = recorded.recorder
+recorder = session_records.recorder
 
 # Gates
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import session_records
 import torch
 from session_records import SHORT, build, rows_of
 
@@ -15,7 +16,7 @@ from benchmarks import gpu_kernels, gpu_ncu, gpu_report
 from benchmarks.gpu_device import Device
 from benchmarks.gpu_sampling import Recorder
 
-recorder = recorded.recorder
+recorder = session_records.recorder
 
 
 def test_kernels_are_timed_one_by_one(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
