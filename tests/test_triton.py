@@ -139,14 +139,64 @@ class TestInterpreter:
         "shape, dim",
         [((2, 5000), 0), ((3000, 2), 0), ((70, 300), 0), ((40, 100, 3), 1), ((3, 5, 700), 1)],
     )
-    def test_weights_of_many_blocks(self, shape, dim, v_first, monkeypatch):
+    def test_weights_of_many_blocks(self, shape, dim, v_first, early):
+        check(make_call([random(*shape)], dim, v_first=v_first))
+
+    @pytest.fixture
+    def early(self, monkeypatch):
+        """The interpreter is slow: what is large elsewhere begins earlier."""
         from fastsn.triton import configs, plan
 
-        # The interpreter is slow: what is large elsewhere begins earlier.
-        monkeypatch.setattr(configs, "TALL", 60)
+        monkeypatch.setattr(configs, "CACHED", 100)
+        monkeypatch.setattr(configs, "TILES", 1)
         monkeypatch.setattr(configs, "MAX_PIECES", 3)
         monkeypatch.setattr(plan, "_plans", {})
-        check(make_call([random(*shape)], dim, v_first=v_first))
+
+    # Some of each width of a block along x, and more.
+    @each_order
+    @pytest.mark.parametrize("length", [31, 500, 1000, 2000, 4096, 8000, 16384, 16388])
+    def test_weights_are_read_once(self, length, v_first, early, monkeypatch):
+        from triton.runtime import interpreter
+
+        load = interpreter.InterpreterBuilder.create_masked_load
+        held = 4096 if v_first else 16384
+        # Odd lengths of what lies side by side in memory have blocks of half the size.
+        for other in (3, 8):
+            weight = random(length, other) if v_first else random(other, length)
+            held_at_odd = held // 2 if weight.shape[1] % 4 else held
+            call = make_call([weight], v_first=v_first)
+            begin, read = weight.data_ptr(), 0
+
+            def count(builder, at, mask, *args, begin=begin, end=begin + weight.nbytes, **kwargs):
+                nonlocal read
+                read += (mask.data & (at.data >= begin) & (at.data < end)).sum()
+                return load(builder, at, mask, *args, **kwargs)
+
+            with mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", count):
+                call.power(backend)
+            assert read == weight.numel() * (1 if length <= held_at_odd else 2)
+            check(make_call([weight], v_first=v_first))
+
+    @each_order
+    @each_type
+    def test_tiles(self, dtype, v_first):
+        """A block fits the registers, and a tile has few partial sums and many neighbours."""
+        from fastsn.triton import configs
+
+        for vector in (1, 16 // dtype.itemsize):
+            for n_y in (1, 5, 64, 512, 4096, 50000):
+                for n_x in (1, 27, 300, 576, 4096, 4608, 13824, 16384, 70000):
+                    kind, width, step = configs.tiles_of(n_y, n_x, not v_first, dtype, vector)
+                    blocks = configs.blocks_of(kind, not v_first, dtype, vector)
+                    itemsize = configs.accumulate_type(dtype).itemsize
+                    threads = 32 * configs.options({"HOLDS_ALL": kind == "large"})["num_warps"]
+                    assert blocks.size * itemsize // threads <= 128
+                    if width == 0:
+                        assert n_x > blocks.widest and kind == "small"
+                        continue
+                    assert n_x <= width and (width == n_x or width // n_x < 64)
+                    assert step % (blocks.size // width) == 0
+                    assert step == blocks.size // width or n_y / step <= 4 * n_y**0.5
 
     @each_order
     @each_type
@@ -353,7 +403,7 @@ class TestInterpreter:
         """`test_triton_compile` compiles `configs.variants()`, which are what calls can ask for."""
         from fastsn.triton import configs
 
-        sizes = [(3, 256), (3, 257), (3, 264), (3, 27)]
+        sizes = [(3, 256), (3, 257), (17, 4104), (17, 4103), (520, 128), (520, 127)]
         for dtype in ALL_TYPES:
             for v_first in (False, True):
                 call = make_call([random(*size, dtype=dtype) for size in sizes], v_first=v_first)

@@ -38,7 +38,7 @@ def compiled(variant: configs.Variant, target: GPUTarget):
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(variant.kernel, variant.signature, constants)
-    return triton.compile(source, target=target, options=dict(configs.OPTIONS))
+    return triton.compile(source, target=target, options=configs.options(variant.constants))
 
 
 def spilled(binary, tmp_path: Path) -> int:
@@ -97,7 +97,7 @@ class TestCompile:
         def compile_only(kernel, count, *args, **constants):
             if count:
                 used[kernel].add(str(constants))
-                kernel.warmup(*args, grid=(count,), **constants, **configs.OPTIONS)
+                kernel.warmup(*args, grid=(count,), **constants, **configs.options(constants))
 
         used = defaultdict(set)
         monkeypatch.setattr(operators, "_launch", compile_only)

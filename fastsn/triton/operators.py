@@ -25,8 +25,7 @@ from fastsn.triton.plan import (
 
 def _launch(kernel: Any, count: int, *args: Any, **constants: Any) -> None:
     if count:
-        # Named because its default is about to change, with a warning from Triton 3.9 on.
-        kernel[(count,)](*args, **constants, **configs.OPTIONS)
+        kernel[(count,)](*args, **constants, **configs.options(constants))
 
 
 @lru_cache(maxsize=4096)
@@ -116,7 +115,10 @@ def power_(
         snapshot = torch.empty(plan.snapshot_numel, dtype=accumulate, device=device)
         workspace = torch.empty(plan.workspace_numel, dtype=accumulate, device=device)
         jobs, chunks, constants = plan.jobs, plan.job_of_chunk, plan.vector_constants
-        _launch(kernels.read_vectors, plan.chunks, addresses, jobs, chunks, snapshot, **constants)
+        _launch(
+            kernels.read_vectors, plan.chunks, addresses, jobs, chunks, plan.orders, snapshot,
+            workspace, **constants,
+        )  # fmt: skip
         for products, combined, finished in plan.rounds:
             for first, count, own in products:
                 _launch(

@@ -18,6 +18,8 @@ from fastsn.triton import configs
 
 MAX_LENGTH = 2**30  # of u and v: kernels count along them in 32 bits
 
+ALIGNED = 4  # elements of the workspace to which each of its parts is rounded up: 16 bytes
+
 VECTOR_TYPES = [getattr(torch, name) for name in configs.kernels.VECTOR_TYPES]
 
 
@@ -245,14 +247,16 @@ def plan_power(
     # Those with most iterations first: a round works on the first so many of every list.
     steps = [max(n_power_iterations[layer], 1) for layer in layers]
     groups = defaultdict(list)
+    tiles_of: dict[int, configs.Tiles] = {}
     for e in sorted(range(len(layers)), key=lambda e: -steps[e]):
         view, dtype = estimates.views[e], weights[layers[e]].dtype
         first = e == 0 or layers[e - 1] != layers[e]
         u_first = v_first != first or n_power_iterations[layers[e]] == 0
         s_first = u_first == view.u_is_along_s or n_power_iterations[layers[e]] == 0
-        block = configs.block_of(view.s, view.f, s_first)
+        p, q = (view.s, view.f) if s_first else (view.f, view.s)
         vector = configs.vector_of(view.inner, dtype)
-        groups[dtype, s_first, block, vector].append(e)
+        tiles_of[e] = configs.tiles_of(p, q, s_first, dtype, vector)
+        groups[dtype, s_first, tiles_of[e].kind, vector].append(e)
 
     rows: dict[int, dict[str, int]] = {}
     job_of_tile: list[int] = []
@@ -265,9 +269,9 @@ def plan_power(
         for e in members:
             view = estimates.views[e]
             p, q = (view.s, view.f) if s_first else (view.f, view.s)
-            step = constants["BLOCK_S"] if s_first else constants["BLOCK_F"]
-            if not s_first and view.inner <= step:
-                step -= step % view.inner  # whole units of memory
+            _, width, step = tiles_of[e]
+            if width and not s_first and view.inner <= step:
+                step += -step % view.inner  # whole units of memory
             count = cdiv(p, step)
             y, y_order, y_is_u = estimates.along(e, s_first)
             x, x_order, x_is_u = estimates.along(e, not s_first)
@@ -275,7 +279,7 @@ def plan_power(
             (y_live, y_at), (x_live, x_at) = live[y_is_u], live[x_is_u]
             row = {
                 "WEIGHT": 1 + layers[e], "P": p, "Q": q, "INNER": view.inner, "STEP": step,
-                "FIRST_TILE": len(job_of_tile), "TILES": count, "Y": y, "X": x,
+                "WIDTH": width, "FIRST_TILE": len(job_of_tile), "TILES": count, "Y": y, "X": x,
                 "SIGMA": estimates.sigma[e], "Y_ORDER": y_order, "X_ORDER": x_order,
                 "Y_LIVE": y_at + e, "X_LIVE": x_at + e,
                 "Y_TYPE": VECTOR_TYPES.index(vector_type(y_live[e].dtype, accumulate)),
@@ -283,6 +287,7 @@ def plan_power(
                 "ESTIMATE": int(n_power_iterations[layers[e]] == 0),
             }  # fmt: skip
             spaces = {
+                "WORK_X": q,
                 "WORK_Y": p,
                 "WORK_PARTS": 0 if row["ESTIMATE"] else count * q,
                 "WORK_T": q,
@@ -292,7 +297,7 @@ def plan_power(
             }
             for name, numel in spaces.items():
                 row[name] = workspace_numel
-                workspace_numel += numel
+                workspace_numel += numel + -numel % ALIGNED
             rows[e] = row
             job_of_tile += [e] * count
             tiles.append((steps[e], count))
