@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -143,14 +144,13 @@ class TestInterpreter:
         check(make_call([random(*shape)], dim, v_first=v_first))
 
     @pytest.fixture
-    def early(self, monkeypatch):
+    def early(self, monkeypatch, caches):
         """The interpreter is slow: what is large elsewhere begins earlier."""
-        from fastsn.triton import configs, plan
+        from fastsn.triton import configs
 
         monkeypatch.setattr(configs, "CACHED", 100)
         monkeypatch.setattr(configs, "TILES", 1)
         monkeypatch.setattr(configs, "MAX_PIECES", 3)
-        monkeypatch.setattr(plan, "_plans", {})
 
     # Some of each width of a block along x, and more.
     @each_order
@@ -385,11 +385,111 @@ class TestInterpreter:
         from fastsn.triton import plan
 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        key, device = object(), torch.device("cuda", 0)
-        with pytest.raises(RuntimeError, match="run the call once"):
-            plan.cached(key, device, lambda: 3)
-        assert plan.cached(key, torch.device("cpu"), lambda: 3) == 3
-        assert plan.cached(key, device, lambda: 4) == 3
+        key, device, made = object(), torch.device("cuda", 0), SimpleNamespace(table=torch.ones(1))
+        with pytest.raises(RuntimeError, match="fastsn: run the call once, .* captured"):
+            plan.cached(key, device, lambda: made)
+        assert plan.cached(key, torch.device("cpu"), lambda: made) is made
+        assert plan.cached(key, device, lambda: None) is made
+
+    @pytest.fixture
+    def launched(self, caches):
+        """The names of the kernels launched so far."""
+        from fastsn.triton import operators
+
+        names = []
+
+        def record(kernel, count, *args, **constants):
+            names.append(kernel.__name__)
+            launch(kernel, count, *args, **constants)
+
+        launch = operators._launch
+        with mock.patch.object(operators, "_launch", record):
+            yield names
+
+    @pytest.fixture
+    def caches(self, monkeypatch):
+        """Those of plans and of tables, as they are in a new process, for few entries."""
+        from fastsn.triton import operators, plan
+        from fastsn.triton.cache import Cache
+
+        monkeypatch.setattr(plan, "_plans", Cache(5))
+        monkeypatch.setattr(operators, "_tables", Cache(5))
+        return plan._plans, operators._tables
+
+    def test_launches(self, launched):
+        call = make_call([random(4, 8), random(6, 300)], iterations=[1, 1])
+        grads, kept = gradients_for(call), []
+
+        def forward():
+            # Kept, so that those of the next step lie elsewhere.
+            kept.append(call.power(backend))
+            kept.append(call.scale(kept[-1], backend))
+
+        def backward():
+            kept.append(call.scale_backward(grads, kept[-2], backend))
+
+        def launches_of(function):
+            launched.clear()
+            function()
+            return list(launched)
+
+        power, scaled = ["read_vectors", "products", "combine", "finish"], ["scale"]
+        assert launches_of(forward) == ["pack", *power, "pack", "pack", *scaled]
+        assert launches_of(forward) == [*power, "pack", *scaled]
+        assert launches_of(backward) == ["pack", "dot", "gradient"]
+        # Results of a training lie where those of an earlier step did.
+        with mock.patch.object(torch, "empty_like", side_effect=kept[-2]):
+            assert launches_of(lambda: call.scale(kept[0], backend)) == scaled
+        with mock.patch.object(torch, "empty_like", side_effect=kept[-1]):
+            assert launches_of(lambda: call.scale_backward(grads, kept[0], backend)) == [
+                "dot",
+                "gradient",
+            ]
+
+    def test_other_weights_at_the_same_addresses(self, caches):
+        memory = random(2000)
+        call = make_call([memory[:600].view(20, 30)])
+        check(call)
+        memory.copy_(random(2000))
+        check(call)
+        for other in (memory.view(torch.bfloat16)[:600].view(20, 30), memory[:600].view(30, 20).mT):
+            other.copy_(random(20, 30))
+            check(replace(call, weights=[other]))
+
+    def test_varying_shapes_and_addresses_leave_little_behind(self, caches):
+        calls = [make_call([random(3 + i, 5)]) for i in range(9)]
+        for call in calls + calls[:2]:
+            check(call)
+            assert all(len(cache) <= 5 for cache in caches)
+
+    def test_what_was_captured_stays(self, caches, launched, monkeypatch):
+        """A graph reads the tables again that its capture has used."""
+        from fastsn.triton import cache
+
+        call = make_call([random(4, 8)])
+        call.power(backend)
+        monkeypatch.setattr(cache, "is_capturing", lambda device: True)
+        call.power(backend)
+        monkeypatch.setattr(cache, "is_capturing", lambda device: False)
+        for i in range(9):
+            make_call([random(3 + i, 5)]).power(backend)
+        assert all(len(cache) == 6 for cache in caches)
+        launched.clear()
+        call.power(backend)
+        assert "pack" not in launched
+
+    def test_a_capture_packs_what_is_new_to_it(self, caches, launched, monkeypatch):
+        from fastsn.triton import operators
+
+        call = make_call([random(4, 8)])
+        call.power(backend)
+        monkeypatch.setattr(operators, "is_capturing", lambda device: True)
+        moved = replace(call, weights=[call.weights[0].clone()])
+        for _ in range(2):
+            launched.clear()
+            moved.power(backend)
+            assert "pack" in launched
+        assert len(caches[1]) == 1
 
     def test_too_long_a_vector(self, monkeypatch):
         from fastsn.triton import plan

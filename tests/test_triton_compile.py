@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fastsn.triton import configs, operators, plan  # noqa: E402
+from fastsn.triton.cache import Cache  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -101,7 +102,8 @@ class TestCompile:
 
         used = defaultdict(set)
         monkeypatch.setattr(operators, "_launch", compile_only)
-        monkeypatch.setattr(plan, "_plans", {})
+        monkeypatch.setattr(plan, "_plans", Cache(plan.KEPT))
+        monkeypatch.setattr(operators, "_tables", Cache(plan.KEPT))
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
         for count in (1, 16, 60):
             weights = [torch.randn(i % 3, 1 + i) for i in range(count)]

@@ -72,7 +72,7 @@ BIAS_BLOCK = 1024  # elements of a weight per step of `mean_bias`
 # What kernels call their tables, which are int64.
 TABLES = {
     "addresses", "jobs", "job_of_tile", "job_of_chunk", "layers", "layer_of_piece", "orders",
-    "outers", "table",
+    "others", "outers", "table",
 }  # fmt: skip
 
 

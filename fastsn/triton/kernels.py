@@ -468,6 +468,7 @@ def store_flat(base, start, end, x, BLOCK: tl.constexpr):
 @kernel
 def scale(
     addresses,
+    others,
     layers,
     layer_of_piece,
     snapshot,
@@ -485,7 +486,7 @@ def scale(
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
     weight = weight_at(addresses, n_layers + which, TYPE)
-    result = weight_at(addresses, 2 * n_layers + which, RESULT)
+    result = weight_at(others, which, RESULT)
     factor, _, _ = factor_of(addresses, layer, snapshot, bound, zero_guard)
     begin, end = range_of(layer, piece)
     for start in range(begin, end, BLOCK):
@@ -496,6 +497,7 @@ def scale(
 @kernel
 def dot(
     addresses,
+    others,
     layers,
     layer_of_piece,
     workspace,
@@ -511,7 +513,7 @@ def dot(
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
     weight = weight_at(addresses, n_layers + which, TYPE)
-    grad = weight_at(addresses, 2 * n_layers + which, GRAD)
+    grad = weight_at(others, which, GRAD)
     begin, end = range_of(layer, piece)
     total = tl.zeros([BLOCK], ACC)
     for start in range(begin, end, BLOCK):
@@ -523,6 +525,7 @@ def dot(
 @kernel
 def gradient(
     addresses,
+    others,
     layers,
     layer_of_piece,
     outers,
@@ -542,8 +545,8 @@ def gradient(
     piece = first_piece + tl.num_programs(0) - 1 - tl.program_id(0)
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
-    grad = weight_at(addresses, 2 * n_layers + which, GRAD)
-    result = weight_at(addresses, 3 * n_layers + which, TYPE)
+    grad = weight_at(others, which, GRAD)
+    result = weight_at(others, n_layers + which, TYPE)
     factor, sigma, moves = factor_of(addresses, layer, snapshot, bound, zero_guard)
     parts = workspace + tl.load(layer + FIRST_PIECE)
     product = ordered_sum(parts, tl.load(layer + PIECES), ACC, 256).to(tl.float64)

@@ -1,7 +1,4 @@
-"""What a call does that depends on shapes, strides and types only, as tables on its device.
-
-Plans are kept for good: a CUDA graph that captured a call goes on reading its tables.
-"""
+"""What a call does that depends on shapes, strides and types only, as tables on its device."""
 
 from __future__ import annotations
 
@@ -15,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs
+from fastsn.triton.cache import Cache, is_capturing
 
+KEPT = 1024  # plans, and as many tables of addresses and checks of weights
 MAX_LENGTH = 2**30  # of u and v: kernels count along them in 32 bits
 
 ALIGNED = 4  # elements of the workspace to which each of its parts is rounded up: 16 bytes
@@ -115,7 +114,21 @@ def check(condition: bool, message: str) -> None:
         raise RuntimeError(f"fastsn: {message}")
 
 
-def check_weights(weights: Sequence[Tensor]) -> None:
+class Signature(NamedTuple):
+    """What calls are told apart by, of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+
+
+def signature_of(tensors: Sequence[Tensor]) -> tuple[Signature, ...]:
+    return tuple(Signature(x.shape, x.dtype, x.device, x.layout) for x in tensors)
+
+
+@lru_cache(maxsize=KEPT)
+def check_weights(weights: tuple[Signature, ...]) -> None:
     check(len(weights) > 0, "expected at least one weight, got none")
     first = weights[0]
     for i, w in enumerate(weights):
@@ -356,8 +369,8 @@ def plan_flat(
     """The plan of ``scale`` and ``scale_backward`` for dense weights.
 
     ``others`` are the types of their results or gradients, whose constant is called ``role``. The
-    numbers packed for it are all scales, and the addresses of all weights and all others; for the
-    backward of all results too.
+    numbers packed for it are all scales and the addresses of all weights, and in another table
+    those of all others; for the backward of all results too.
     """
     estimates = describe(weights, layers, dims)
     device = weights[0].device
@@ -398,21 +411,24 @@ def plan_flat(
     )
 
 
-_plans: dict[Hashable, Any] = {}
+_plans: Cache[PowerPlan | FlatPlan] = Cache(KEPT)
 
 
-def cached(key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+def cached(key: Hashable, device: torch.device, make: Callable[[], PowerPlan | FlatPlan]) -> Any:
     """The plan of this key.
 
     Raises:
         RuntimeError: it has to be made, which copies to the device, while a CUDA graph is captured.
     """
-    plan = _plans.get(key)
+    plan = _plans.get(key, device)
     if plan is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fastsn: run the call once, with weights of these shapes, strides and types, "
-                "before it is captured in a CUDA graph"
-            )
-        plan = _plans[key] = make()
+        check(
+            not is_capturing(device),
+            "run the call once, with weights of these shapes, strides and types, before it is "
+            "captured in a CUDA graph",
+        )
+        plan = make()
+        tables = [x for x in vars(plan).values() if isinstance(x, Tensor)]
+        # A copy from the host has ended when it returns.
+        _plans.add(key, device, plan, tables, is_written=True)
     return plan
