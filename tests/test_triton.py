@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -139,14 +140,64 @@ class TestInterpreter:
         "shape, dim",
         [((2, 5000), 0), ((3000, 2), 0), ((70, 300), 0), ((40, 100, 3), 1), ((3, 5, 700), 1)],
     )
-    def test_weights_of_many_blocks(self, shape, dim, v_first, monkeypatch):
-        from fastsn.triton import configs, plan
-
-        # The interpreter is slow: what is large elsewhere begins earlier.
-        monkeypatch.setattr(configs, "TALL", 60)
-        monkeypatch.setattr(configs, "MAX_PIECES", 3)
-        monkeypatch.setattr(plan, "_plans", {})
+    def test_weights_of_many_blocks(self, shape, dim, v_first, early):
         check(make_call([random(*shape)], dim, v_first=v_first))
+
+    @pytest.fixture
+    def early(self, monkeypatch, caches):
+        """The interpreter is slow: what is large elsewhere begins earlier."""
+        from fastsn.triton import configs
+
+        monkeypatch.setattr(configs, "CACHED", 100)
+        monkeypatch.setattr(configs, "TILES", 1)
+        monkeypatch.setattr(configs, "MAX_PIECES", 3)
+
+    # Some of each width of a block along x, and more.
+    @each_order
+    @pytest.mark.parametrize("length", [31, 500, 1000, 2000, 4096, 8000, 16384, 16388])
+    def test_weights_are_read_once(self, length, v_first, early, monkeypatch):
+        from triton.runtime import interpreter
+
+        load = interpreter.InterpreterBuilder.create_masked_load
+        held = 4096 if v_first else 16384
+        # Odd lengths of what lies side by side in memory have blocks of half the size.
+        for other in (3, 8):
+            weight = random(length, other) if v_first else random(other, length)
+            held_at_odd = held // 2 if weight.shape[1] % 4 else held
+            call = make_call([weight], v_first=v_first)
+            begin, read = weight.data_ptr(), 0
+
+            def count(builder, at, mask, *args, begin=begin, end=begin + weight.nbytes, **kwargs):
+                nonlocal read
+                read += (mask.data & (at.data >= begin) & (at.data < end)).sum()
+                return load(builder, at, mask, *args, **kwargs)
+
+            with mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", count):
+                call.power(backend)
+            assert read == weight.numel() * (1 if length <= held_at_odd else 2)
+            check(make_call([weight], v_first=v_first))
+
+    @each_order
+    @each_type
+    def test_tiles(self, dtype, v_first):
+        """A block fits the registers, and a tile has few partial sums and many neighbours."""
+        from fastsn.triton import configs
+
+        for vector in (1, 16 // dtype.itemsize):
+            for n_y in (1, 5, 64, 512, 4096, 50000):
+                for n_x in (1, 27, 300, 576, 4096, 4608, 13824, 16384, 70000):
+                    kind, width, step = configs.tiles_of(n_y, n_x, not v_first, dtype, vector)
+                    blocks = configs.blocks_of(kind, not v_first, dtype, vector)
+                    itemsize = configs.accumulate_type(dtype).itemsize
+                    threads = 32 * configs.options({"HOLDS_ALL": kind == "large"})["num_warps"]
+                    assert blocks.size * itemsize // threads <= 128
+                    if width == 0:
+                        assert n_x > blocks.widest and kind == "small"
+                        continue
+                    narrowest = blocks.widest // blocks.ratio ** (blocks.widths - 1)
+                    assert n_x <= width and (width == narrowest or width // blocks.ratio < n_x)
+                    assert step % (blocks.size // width) == 0
+                    assert step == blocks.size // width or n_y / step <= 4 * n_y**0.5
 
     @each_order
     @each_type
@@ -335,11 +386,111 @@ class TestInterpreter:
         from fastsn.triton import plan
 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        key, device = object(), torch.device("cuda", 0)
-        with pytest.raises(RuntimeError, match="run the call once"):
-            plan.cached(key, device, lambda: 3)
-        assert plan.cached(key, torch.device("cpu"), lambda: 3) == 3
-        assert plan.cached(key, device, lambda: 4) == 3
+        key, device, made = object(), torch.device("cuda", 0), SimpleNamespace(table=torch.ones(1))
+        with pytest.raises(RuntimeError, match="fastsn: run the call once, .* captured"):
+            plan.cached(key, device, lambda: made)
+        assert plan.cached(key, torch.device("cpu"), lambda: made) is made
+        assert plan.cached(key, device, lambda: None) is made
+
+    @pytest.fixture
+    def launched(self, caches):
+        """The names of the kernels launched so far."""
+        from fastsn.triton import operators
+
+        names = []
+
+        def record(kernel, count, *args, **constants):
+            names.append(kernel.__name__)
+            launch(kernel, count, *args, **constants)
+
+        launch = operators._launch
+        with mock.patch.object(operators, "_launch", record):
+            yield names
+
+    @pytest.fixture
+    def caches(self, monkeypatch):
+        """Those of plans and of tables, as they are in a new process, for few entries."""
+        from fastsn.triton import operators, plan
+        from fastsn.triton.cache import Cache
+
+        monkeypatch.setattr(plan, "_plans", Cache(5))
+        monkeypatch.setattr(operators, "_tables", Cache(5))
+        return plan._plans, operators._tables
+
+    def test_launches(self, launched):
+        call = make_call([random(4, 8), random(6, 300)], iterations=[1, 1])
+        grads, kept = gradients_for(call), []
+
+        def forward():
+            # Kept, so that those of the next step lie elsewhere.
+            kept.append(call.power(backend))
+            kept.append(call.scale(kept[-1], backend))
+
+        def backward():
+            kept.append(call.scale_backward(grads, kept[-2], backend))
+
+        def launches_of(function):
+            launched.clear()
+            function()
+            return list(launched)
+
+        power, scaled = ["read_vectors", "products", "combine", "finish"], ["scale"]
+        assert launches_of(forward) == ["pack", *power, "pack", "pack", *scaled]
+        assert launches_of(forward) == [*power, "pack", *scaled]
+        assert launches_of(backward) == ["pack", "dot", "gradient"]
+        # Results of a training lie where those of an earlier step did.
+        with mock.patch.object(torch, "empty_like", side_effect=kept[-2]):
+            assert launches_of(lambda: call.scale(kept[0], backend)) == scaled
+        with mock.patch.object(torch, "empty_like", side_effect=kept[-1]):
+            assert launches_of(lambda: call.scale_backward(grads, kept[0], backend)) == [
+                "dot",
+                "gradient",
+            ]
+
+    def test_other_weights_at_the_same_addresses(self, caches):
+        memory = random(2000)
+        call = make_call([memory[:600].view(20, 30)])
+        check(call)
+        memory.copy_(random(2000))
+        check(call)
+        for other in (memory.view(torch.bfloat16)[:600].view(20, 30), memory[:600].view(30, 20).mT):
+            other.copy_(random(20, 30))
+            check(replace(call, weights=[other]))
+
+    def test_varying_shapes_and_addresses_leave_little_behind(self, caches):
+        calls = [make_call([random(3 + i, 5)]) for i in range(9)]
+        for call in calls + calls[:2]:
+            check(call)
+            assert all(len(cache) <= 5 for cache in caches)
+
+    def test_what_was_captured_stays(self, caches, launched, monkeypatch):
+        """A graph reads the tables again that its capture has used."""
+        from fastsn.triton import cache
+
+        call = make_call([random(4, 8)])
+        call.power(backend)
+        monkeypatch.setattr(cache, "is_capturing", lambda device: True)
+        call.power(backend)
+        monkeypatch.setattr(cache, "is_capturing", lambda device: False)
+        for i in range(9):
+            make_call([random(3 + i, 5)]).power(backend)
+        assert all(len(cache) == 6 for cache in caches)
+        launched.clear()
+        call.power(backend)
+        assert "pack" not in launched
+
+    def test_a_capture_packs_what_is_new_to_it(self, caches, launched, monkeypatch):
+        from fastsn.triton import operators
+
+        call = make_call([random(4, 8)])
+        call.power(backend)
+        monkeypatch.setattr(operators, "is_capturing", lambda device: True)
+        moved = replace(call, weights=[call.weights[0].clone()])
+        for _ in range(2):
+            launched.clear()
+            moved.power(backend)
+            assert "pack" in launched
+        assert len(caches[1]) == 1
 
     def test_too_long_a_vector(self, monkeypatch):
         from fastsn.triton import plan
@@ -349,11 +500,11 @@ class TestInterpreter:
         with pytest.raises(RuntimeError, match=r"weights\[0\] has more than 6 rows or columns"):
             make_call([random(3, 7)]).power(backend)
 
-    def test_kernels_launched_are_those_that_are_compiled(self, variants):
+    def test_kernels_launched_are_those_that_are_compiled(self, variants, early):
         """`test_triton_compile` compiles `configs.variants()`, which are what calls can ask for."""
         from fastsn.triton import configs
 
-        sizes = [(3, 256), (3, 257), (3, 264), (3, 27)]
+        sizes = [(3, 256), (3, 257), (1, 4104), (1, 4095), (520, 8), (520, 7)]
         for dtype in ALL_TYPES:
             for v_first in (False, True):
                 call = make_call([random(*size, dtype=dtype) for size in sizes], v_first=v_first)

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fastsn.triton import configs, operators, plan  # noqa: E402
+from fastsn.triton.cache import Cache  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,7 +39,7 @@ def compiled(variant: configs.Variant, target: GPUTarget):
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(variant.kernel, variant.signature, constants)
-    return triton.compile(source, target=target, options=dict(configs.OPTIONS))
+    return triton.compile(source, target=target, options=configs.options(variant.constants))
 
 
 def spilled(binary, tmp_path: Path) -> int:
@@ -97,11 +98,12 @@ class TestCompile:
         def compile_only(kernel, count, *args, **constants):
             if count:
                 used[kernel].add(str(constants))
-                kernel.warmup(*args, grid=(count,), **constants, **configs.OPTIONS)
+                kernel.warmup(*args, grid=(count,), **constants, **configs.options(constants))
 
         used = defaultdict(set)
         monkeypatch.setattr(operators, "_launch", compile_only)
-        monkeypatch.setattr(plan, "_plans", {})
+        monkeypatch.setattr(plan, "_plans", Cache(plan.KEPT))
+        monkeypatch.setattr(operators, "_tables", Cache(plan.KEPT))
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
         for count in (1, 16, 60):
             weights = [torch.randn(i % 3, 1 + i) for i in range(count)]

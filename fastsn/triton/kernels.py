@@ -5,11 +5,11 @@ its memory: element (s, f) lies at ``s * inner + (f // inner) * (S * inner) + f 
 rows are contiguous ``inner`` is F and that is ``s * F + f``. One of s and f counts the rows of the
 matrix, so the vector along it is u, and v is the other.
 
-One power iteration reads W once. y, of length P, runs along one of s and f, x and z, of length Q,
-along the other::
+One power iteration reads W once, except where x is too long. y, of length P, runs along one of s
+and f, x and z, of length Q, along the other::
 
     products    y = W x                   a tile owns a range of y, and adds up, for the last sum,
-                z_t = W_t^T y_t           its part of z while its part of W is in a cache
+                z_t = W_t^T y_t           its part of z while its block of W is in registers
     combine     a = max(|y|, eps), t = (sum of z_t over tiles) / a
     finish      b = max(|t|, eps), sigma = |t|^2 / b, new vectors y / a and t / b
 
@@ -30,6 +30,7 @@ import triton.language as tl
     Q,
     INNER,
     STEP,  # elements of y per tile
+    WIDTH,  # of a block along x, or 0 where x is longer than any block
     FIRST_TILE,
     TILES,
     FIRST_CHUNK,
@@ -43,14 +44,15 @@ import triton.language as tl
     Y_TYPE,  # see VECTOR_TYPES
     X_TYPE,
     ESTIMATE,  # 1: no iteration, sigma = <y, W x>
-    WORK_Y,  # where in the workspace
+    WORK_X,  # where in the workspace; x in memory order
+    WORK_Y,
     WORK_PARTS,
     WORK_T,
     WORK_TILE_SUMS,
     WORK_CHUNK_SUMS,
     WORK_NORM,
     JOB_FIELDS,
-) = map(tl.constexpr, range(25))
+) = map(tl.constexpr, range(27))
 
 # Fields of a layer.
 LAYER, NUMEL, LENGTH, FIRST_PIECE, PIECES, FIRST_SIGMA, COUNT, FIRST_OUTER, LAYER_FIELDS = map(
@@ -175,8 +177,17 @@ def store_vector(addresses, which, code, k, x, mask):
 
 
 @kernel
-def read_vectors(addresses, jobs, job_of_chunk, snapshot, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """Copies u and v, of any type, into the snapshot."""
+def read_vectors(
+    addresses,
+    jobs,
+    job_of_chunk,
+    orders,
+    snapshot,
+    workspace,
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Copies u and v, of any type, into the snapshot, and x into the workspace."""
     chunk = tl.program_id(0)
     job = jobs + tl.load(job_of_chunk + chunk) * JOB_FIELDS
     k = (chunk - tl.load(job + FIRST_CHUNK)) * CHUNK + tl.arange(0, CHUNK)
@@ -186,17 +197,92 @@ def read_vectors(addresses, jobs, job_of_chunk, snapshot, ACC: tl.constexpr, CHU
     tl.store(snapshot + tl.load(job + Y) + k, y, mask=mask)
     mask = k < tl.load(job + Q)
     address = tl.load(addresses + tl.load(job + X_LIVE))
-    x = load_vector(address, tl.load(job + X_TYPE), k, mask, ACC)
-    tl.store(snapshot + tl.load(job + X) + k, x, mask=mask)
+    index = in_order(orders, tl.load(job + X_ORDER), k, mask)
+    x = load_vector(address, tl.load(job + X_TYPE), index, mask, ACC)
+    tl.store(snapshot + tl.load(job + X) + index, x, mask=mask)
+    tl.store(workspace + tl.load(job + WORK_X) + k, x, mask=mask)
 
 
 @triton.jit
-def load_block(weight, s, f, s_mask, f_mask, outer_stride, inner, ACC: tl.constexpr):
-    """W[s, f], one row per s."""
-    rows = s.to(tl.int64) * inner
-    columns = (f // inner).to(tl.int64) * outer_stride + f % inner
-    mask = s_mask[:, None] & f_mask[None, :]
-    return tl.load(weight + (rows[:, None] + columns[None, :]), mask=mask, other=0.0).to(ACC)
+def load_block(weight, y, x, y_mask, x_mask, n_s, inner, ACC: tl.constexpr, S_FIRST: tl.constexpr):
+    """The elements of W at these places along y and x, one row per y."""
+    outer_stride = n_s.to(tl.int64) * inner
+    if S_FIRST:
+        along_y = y.to(tl.int64) * inner
+        along_x = (x // inner).to(tl.int64) * outer_stride + x % inner
+    else:
+        along_y = (y // inner).to(tl.int64) * outer_stride + y % inner
+        along_x = x.to(tl.int64) * inner
+    mask = y_mask[:, None] & x_mask[None, :]
+    return tl.load(weight + (along_y[:, None] + along_x[None, :]), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def hold(
+    weight, job, own, n_y, n_x, step, inner, orders, snapshot, workspace,
+    ACC: tl.constexpr, S_FIRST: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """:func:`products` of a tile where a block reaches along all of x: W is read once."""
+    is_estimate = tl.load(job + ESTIMATE) != 0
+    x = tl.arange(0, BLOCK_X)
+    x_mask = x < n_x
+    # Begins at a multiple of 16 bytes.
+    vector_at = tl.multiple_of(workspace + tl.load(job + WORK_X), 16)
+    square = tl.zeros([BLOCK_Y], ACC)
+    z = tl.zeros([BLOCK_Y, BLOCK_X], ACC)
+    begin = own * step
+    for start in range(begin, tl.minimum(begin + step, n_y), BLOCK_Y):
+        y = start + tl.arange(0, BLOCK_Y)
+        y_mask = y < tl.minimum(begin + step, n_y)
+        w = load_block(weight, y, x, y_mask, x_mask, n_y if S_FIRST else n_x, inner, ACC, S_FIRST)
+        # Loaded for every block, from a cache, as registers are few.
+        vector = tl.load(vector_at + x, mask=x_mask, other=0.0)
+        result = tl.where(y_mask, tl.sum(w * vector[None, :], axis=1), 0.0)
+        tl.store(workspace + tl.load(job + WORK_Y) + y, result, mask=y_mask)
+        square += result * other_factor(job, y, y_mask, result, is_estimate, orders, snapshot)
+        z += w * result[:, None]
+    tl.store(workspace + tl.load(job + WORK_TILE_SUMS) + own, tl.sum(square, axis=0))
+    part = workspace + tl.load(job + WORK_PARTS) + own.to(tl.int64) * n_x
+    tl.store(part + x, tl.sum(z, axis=0), mask=only_if(is_estimate == 0, x_mask))
+
+
+@triton.jit
+def read_twice(
+    weight, job, own, n_y, n_x, step, inner, orders, snapshot, workspace,
+    ACC: tl.constexpr, S_FIRST: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """:func:`products` of a tile, which is as wide as a block, of any length along x."""
+    is_estimate = tl.load(job + ESTIMATE) != 0
+    vector_at = tl.multiple_of(workspace + tl.load(job + WORK_X), 16)
+    n_s = n_y if S_FIRST else n_x
+    y = own * step + tl.arange(0, BLOCK_Y)
+    y_mask = y < tl.minimum(own * step + step, n_y)
+    total = tl.zeros([BLOCK_Y, BLOCK_X], ACC)
+    for start in range(0, n_x, BLOCK_X):
+        x = start + tl.arange(0, BLOCK_X)
+        x_mask = x < n_x
+        w = load_block(weight, y, x, y_mask, x_mask, n_s, inner, ACC, S_FIRST)
+        vector = tl.load(vector_at + x, mask=x_mask, other=0.0)
+        total += w * vector[None, :]
+    result = tl.where(y_mask, tl.sum(total, axis=1), 0.0)
+    tl.store(workspace + tl.load(job + WORK_Y) + y, result, mask=y_mask)
+    square = result * other_factor(job, y, y_mask, result, is_estimate, orders, snapshot)
+    tl.store(workspace + tl.load(job + WORK_TILE_SUMS) + own, tl.sum(square, axis=0))
+    part = workspace + tl.load(job + WORK_PARTS) + own.to(tl.int64) * n_x
+    for start in range(0, tl.where(is_estimate, 0, n_x), BLOCK_X):
+        x = start + tl.arange(0, BLOCK_X)
+        x_mask = x < n_x
+        w = load_block(weight, y, x, y_mask, x_mask, n_s, inner, ACC, S_FIRST)
+        tl.store(part + x, tl.sum(w * result[:, None], axis=0), mask=x_mask)
+
+
+@triton.jit
+def other_factor(job, y, y_mask, result, is_estimate, orders, snapshot):
+    """What y = W x is multiplied with for the sum of the tile: u of an estimate, else itself."""
+    mask = only_if(is_estimate, y_mask)
+    index = in_order(orders, tl.load(job + Y_ORDER), y, mask)
+    u = tl.load(snapshot + tl.load(job + Y) + index, mask=mask, other=0.0)
+    return tl.where(is_estimate, u, result)
 
 
 @kernel
@@ -211,22 +297,28 @@ def products(
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     S_FIRST: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     VECTOR: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDEST: tl.constexpr,
+    RATIO: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HOLDS_ALL: tl.constexpr,
 ):
     """y = W x for one tile of y, its part of z = W^T y, and of |y|^2 (or of <u, W v>).
 
     ``S_FIRST``: y runs along s, x and z along f; otherwise the other way around. ``VECTOR``
-    elements lie side by side at a multiple of 16 bytes.
+    elements lie side by side at a multiple of 16 bytes. A block has ``SIZE`` elements, of which
+    along x ``WIDEST``, or that divided by ``RATIO`` up to ``WIDTHS - 1`` times. No matrix is longer
+    along x than that if the kernel ``HOLDS_ALL``.
     """
     tile = first_tile + tl.program_id(0)
     job = jobs + tl.load(job_of_tile + tile) * JOB_FIELDS
     weight = weight_at(addresses, tl.load(job + WEIGHT), TYPE)
-    own = tile - tl.load(job + FIRST_TILE)
+    own = (tile - tl.load(job + FIRST_TILE)).to(tl.int32)
     n_y = tl.load(job + P).to(tl.int32)
     n_x = tl.load(job + Q).to(tl.int32)
     step = tl.load(job + STEP).to(tl.int32)
+    width = tl.load(job + WIDTH)
     # From these hints Triton works out that it can load 16 bytes at a time.
     inner = tl.multiple_of(tl.load(job + INNER).to(tl.int32), VECTOR)
     if S_FIRST:
@@ -234,47 +326,18 @@ def products(
     else:
         n_y = tl.multiple_of(n_y, VECTOR)
         step = tl.multiple_of(step, VECTOR)
-    is_estimate = tl.load(job + ESTIMATE) != 0
-    x_in_snapshot = snapshot + tl.load(job + X)
-    x_order = tl.load(job + X_ORDER)
-    BLOCK_Y: tl.constexpr = BLOCK_S if S_FIRST else BLOCK_F
-    BLOCK_X: tl.constexpr = BLOCK_F if S_FIRST else BLOCK_S
-    n_s = n_y if S_FIRST else n_x
-    outer_stride = n_s.to(tl.int64) * inner
-
-    lanes = tl.arange(0, BLOCK_Y)
-    p = own.to(tl.int32) * step + lanes
-    p_mask = (lanes < step) & (p < n_y)
-    total = tl.zeros([BLOCK_S, BLOCK_F], ACC)
-    for start in range(0, n_x, BLOCK_X):
-        q = start + tl.arange(0, BLOCK_X)
-        q_mask = q < n_x
-        if S_FIRST:
-            w = load_block(weight, p, q, p_mask, q_mask, outer_stride, inner, ACC)
-        else:
-            w = load_block(weight, q, p, q_mask, p_mask, outer_stride, inner, ACC)
-        x = tl.load(x_in_snapshot + in_order(orders, x_order, q, q_mask), mask=q_mask, other=0.0)
-        total += w * (x[None, :] if S_FIRST else x[:, None])
-    y = tl.where(p_mask, tl.sum(total, axis=1 if S_FIRST else 0), 0.0)
-    tl.store(workspace + tl.load(job + WORK_Y) + p, y, mask=p_mask)
-
-    mask = only_if(is_estimate, p_mask)
-    y_index = in_order(orders, tl.load(job + Y_ORDER), p, mask)
-    other = tl.load(snapshot + tl.load(job + Y) + y_index, mask=mask, other=0.0)
-    square = tl.sum(y * tl.where(is_estimate, other, y), axis=0)
-    tl.store(workspace + tl.load(job + WORK_TILE_SUMS) + own, square)
-
-    part = workspace + tl.load(job + WORK_PARTS) + own * n_x
-    for start in range(0, tl.where(is_estimate, 0, n_x), BLOCK_X):
-        q = start + tl.arange(0, BLOCK_X)
-        q_mask = q < n_x
-        if S_FIRST:
-            w = load_block(weight, p, q, p_mask, q_mask, outer_stride, inner, ACC)
-            z = tl.sum(w * y[:, None], axis=0)
-        else:
-            w = load_block(weight, q, p, q_mask, p_mask, outer_stride, inner, ACC)
-            z = tl.sum(w * y[None, :], axis=1)
-        tl.store(part + q, z, mask=q_mask)
+    for k in tl.static_range(WIDTHS):
+        if width == WIDEST // RATIO**k:
+            hold(
+                weight, job, own, n_y, n_x, step, inner, orders, snapshot, workspace,
+                ACC, S_FIRST, SIZE * RATIO**k // WIDEST, WIDEST // RATIO**k,
+            )  # fmt: skip
+    if not HOLDS_ALL:
+        if width == 0:
+            read_twice(
+                weight, job, own, n_y, n_x, step, inner, orders, snapshot, workspace,
+                ACC, S_FIRST, SIZE * RATIO // WIDEST, WIDEST // RATIO,
+            )  # fmt: skip
 
 
 @kernel
@@ -349,6 +412,7 @@ def finish(
 
     mask = only_if(moves, k < n_x)
     x = tl.load(workspace + tl.load(job + WORK_T) + k, mask=mask, other=0.0) * (1.0 / b).to(ACC)
+    tl.store(workspace + tl.load(job + WORK_X) + k, x, mask=mask)
     index = in_order(orders, tl.load(job + X_ORDER), k, mask)
     tl.store(snapshot + tl.load(job + X) + index, x, mask=mask)
     store_vector(addresses, tl.load(job + X_LIVE), tl.load(job + X_TYPE), index, x, mask)
@@ -404,6 +468,7 @@ def store_flat(base, start, end, x, BLOCK: tl.constexpr):
 @kernel
 def scale(
     addresses,
+    others,
     layers,
     layer_of_piece,
     snapshot,
@@ -421,7 +486,7 @@ def scale(
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
     weight = weight_at(addresses, n_layers + which, TYPE)
-    result = weight_at(addresses, 2 * n_layers + which, RESULT)
+    result = weight_at(others, which, RESULT)
     factor, _, _ = factor_of(addresses, layer, snapshot, bound, zero_guard)
     begin, end = range_of(layer, piece)
     for start in range(begin, end, BLOCK):
@@ -432,6 +497,7 @@ def scale(
 @kernel
 def dot(
     addresses,
+    others,
     layers,
     layer_of_piece,
     workspace,
@@ -447,7 +513,7 @@ def dot(
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
     weight = weight_at(addresses, n_layers + which, TYPE)
-    grad = weight_at(addresses, 2 * n_layers + which, GRAD)
+    grad = weight_at(others, which, GRAD)
     begin, end = range_of(layer, piece)
     total = tl.zeros([BLOCK], ACC)
     for start in range(begin, end, BLOCK):
@@ -459,6 +525,7 @@ def dot(
 @kernel
 def gradient(
     addresses,
+    others,
     layers,
     layer_of_piece,
     outers,
@@ -478,8 +545,8 @@ def gradient(
     piece = first_piece + tl.num_programs(0) - 1 - tl.program_id(0)
     layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
     which = tl.load(layer + LAYER)
-    grad = weight_at(addresses, 2 * n_layers + which, GRAD)
-    result = weight_at(addresses, 3 * n_layers + which, TYPE)
+    grad = weight_at(others, which, GRAD)
+    result = weight_at(others, n_layers + which, TYPE)
     factor, sigma, moves = factor_of(addresses, layer, snapshot, bound, zero_guard)
     parts = workspace + tl.load(layer + FIRST_PIECE)
     product = ordered_sum(parts, tl.load(layer + PIECES), ACC, 256).to(tl.float64)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs, kernels
+from fastsn.triton.cache import Cache, is_capturing
 from fastsn.triton.plan import (
+    KEPT,
     FlatPlan,
     PowerPlan,
     cached,
@@ -19,14 +21,14 @@ from fastsn.triton.plan import (
     is_dense,
     plan_flat,
     plan_power,
+    signature_of,
     vector_type,
 )
 
 
 def _launch(kernel: Any, count: int, *args: Any, **constants: Any) -> None:
     if count:
-        # Named because its default is about to change, with a warning from Triton 3.9 on.
-        kernel[(count,)](*args, **constants, **configs.OPTIONS)
+        kernel[(count,)](*args, **constants, **configs.options(constants))
 
 
 @lru_cache(maxsize=4096)
@@ -45,11 +47,21 @@ def _pack(values: list[int], device: torch.device) -> Tensor:
     return table
 
 
-def _signature(x: Tensor) -> Hashable:
-    return x.shape, x.dtype, x.device, x.layout
+_tables: Cache[Tensor] = Cache(KEPT)
 
 
-_checked: set[Hashable] = set()
+def _table(values: list[int], device: torch.device) -> Tensor:
+    """Addresses and the like on the device, from an earlier call that packed the same ones.
+
+    Most are the same at every step of a training. Whose they are is nothing to the table.
+    """
+    key = (device, *values)
+    table = _tables.get(key, device)
+    if table is None:
+        table = _pack(values, device)
+        if not is_capturing(device):
+            _tables.add(key, device, table, [table], is_written=False)
+    return table
 
 
 def _as_dense(x: Tensor) -> Tensor:
@@ -66,10 +78,8 @@ def _as_dense(x: Tensor) -> Tensor:
 
 def _as_dense_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Hashable]:
     """Dense weights, and all that kernels are chosen by."""
-    signature = tuple(map(_signature, weights))
-    if signature not in _checked:
-        check_weights(weights)
-        _checked.add(signature)
+    signature = signature_of(weights)
+    check_weights(signature)
     dense = [_as_dense(w) for w in weights]
     return dense, (signature, *(w.stride() for w in dense))
 
@@ -100,8 +110,8 @@ def power_(
     device = dense[0].device
     accumulate = configs.accumulate_type(dense[0].dtype)
     key = (
-        "power", signature, tuple(map(_signature, u)), tuple(map(_signature, v)),
-        tuple(layers), tuple(dims), tuple(n_power_iterations), v_first,
+        "power", signature, signature_of(u), signature_of(v), tuple(layers), tuple(dims),
+        tuple(n_power_iterations), v_first,
     )  # fmt: skip
     with torch.cuda.device_of(dense[0]):
         plan: PowerPlan = cached(
@@ -110,13 +120,16 @@ def power_(
             lambda: plan_power(dense, u, v, layers, dims, n_power_iterations, v_first),
         )
         held_u, held_v = ([_as_vector(x, accumulate) for x in side] for side in (u, v))
-        addresses = _pack(
+        addresses = _table(
             [_bits(eps), *(x.data_ptr() for own in (dense, held_u, held_v) for x in own)], device
         )
         snapshot = torch.empty(plan.snapshot_numel, dtype=accumulate, device=device)
         workspace = torch.empty(plan.workspace_numel, dtype=accumulate, device=device)
         jobs, chunks, constants = plan.jobs, plan.job_of_chunk, plan.vector_constants
-        _launch(kernels.read_vectors, plan.chunks, addresses, jobs, chunks, snapshot, **constants)
+        _launch(
+            kernels.read_vectors, plan.chunks, addresses, jobs, chunks, plan.orders, snapshot,
+            workspace, **constants,
+        )  # fmt: skip
         for products, combined, finished in plan.rounds:
             for first, count, own in products:
                 _launch(
@@ -221,13 +234,12 @@ def scale(
     with torch.cuda.device_of(dense[0]):
         plan = _flat_plan("RESULT", dense, signature, types, snapshot, layers, dims, scales)
         results = [torch.empty_like(w, dtype=t) for w, t in zip(dense, types, strict=True)]
-        addresses = _pack(
-            [*map(_bits, scales), *(x.data_ptr() for own in (dense, results) for x in own)], device
-        )
+        addresses = _table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
+        others = _table([x.data_ptr() for x in results], device)
         for first, count, constants in plan.launches:
             _launch(
-                kernels.scale, count, addresses, plan.layers, plan.layer_of_piece, snapshot, first,
-                len(dense), int(bound), int(zero_guard), **constants,
+                kernels.scale, count, addresses, others, plan.layers, plan.layer_of_piece,
+                snapshot, first, len(dense), int(bound), int(zero_guard), **constants,
             )  # fmt: skip
         return results if dtype is None else [x.to(dtype) for x in results]
 
@@ -257,18 +269,18 @@ def scale_backward(
         types = [g.dtype for g in held]
         plan = _flat_plan("GRAD", dense, signature, types, snapshot, layers, dims, scales)
         results = [torch.empty_like(w) for w in dense]
-        pointers = (x.data_ptr() for own in (dense, held, results) for x in own)
-        addresses = _pack([*map(_bits, scales), *pointers], device)
+        addresses = _table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
+        others = _table([x.data_ptr() for x in (*held, *results)], device)
         workspace = torch.empty(plan.pieces, dtype=accumulate, device=device)
         for first, count, constants in plan.launches:
             _launch(
-                kernels.dot, count, addresses, plan.layers, plan.layer_of_piece, workspace, first,
-                len(dense), **constants,
+                kernels.dot, count, addresses, others, plan.layers, plan.layer_of_piece,
+                workspace, first, len(dense), **constants,
             )  # fmt: skip
         for first, count, constants in plan.launches:
             _launch(
-                kernels.gradient, count, addresses, plan.layers, plan.layer_of_piece, plan.outers,
-                plan.orders, snapshot, workspace, first, len(dense), int(bound), int(zero_guard),
-                **constants,
+                kernels.gradient, count, addresses, others, plan.layers, plan.layer_of_piece,
+                plan.outers, plan.orders, snapshot, workspace, first, len(dense), int(bound),
+                int(zero_guard), **constants,
             )  # fmt: skip
     return results

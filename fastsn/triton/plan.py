@@ -1,7 +1,4 @@
-"""What a call does that depends on shapes, strides and types only, as tables on its device.
-
-Plans are kept for good: a CUDA graph that captured a call goes on reading its tables.
-"""
+"""What a call does that depends on shapes, strides and types only, as tables on its device."""
 
 from __future__ import annotations
 
@@ -15,8 +12,12 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs
+from fastsn.triton.cache import Cache, is_capturing
 
+KEPT = 1024  # plans, and as many tables of addresses and checks of weights
 MAX_LENGTH = 2**30  # of u and v: kernels count along them in 32 bits
+
+ALIGNED = 4  # elements of the workspace to which each of its parts is rounded up: 16 bytes
 
 VECTOR_TYPES = [getattr(torch, name) for name in configs.kernels.VECTOR_TYPES]
 
@@ -113,7 +114,21 @@ def check(condition: bool, message: str) -> None:
         raise RuntimeError(f"fastsn: {message}")
 
 
-def check_weights(weights: Sequence[Tensor]) -> None:
+class Signature(NamedTuple):
+    """What calls are told apart by, of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+
+
+def signature_of(tensors: Sequence[Tensor]) -> tuple[Signature, ...]:
+    return tuple(Signature(x.shape, x.dtype, x.device, x.layout) for x in tensors)
+
+
+@lru_cache(maxsize=KEPT)
+def check_weights(weights: tuple[Signature, ...]) -> None:
     check(len(weights) > 0, "expected at least one weight, got none")
     first = weights[0]
     for i, w in enumerate(weights):
@@ -245,14 +260,16 @@ def plan_power(
     # Those with most iterations first: a round works on the first so many of every list.
     steps = [max(n_power_iterations[layer], 1) for layer in layers]
     groups = defaultdict(list)
+    tiles_of: dict[int, configs.Tiles] = {}
     for e in sorted(range(len(layers)), key=lambda e: -steps[e]):
         view, dtype = estimates.views[e], weights[layers[e]].dtype
         first = e == 0 or layers[e - 1] != layers[e]
         u_first = v_first != first or n_power_iterations[layers[e]] == 0
         s_first = u_first == view.u_is_along_s or n_power_iterations[layers[e]] == 0
-        block = configs.block_of(view.s, view.f, s_first)
+        p, q = (view.s, view.f) if s_first else (view.f, view.s)
         vector = configs.vector_of(view.inner, dtype)
-        groups[dtype, s_first, block, vector].append(e)
+        tiles_of[e] = configs.tiles_of(p, q, s_first, dtype, vector)
+        groups[dtype, s_first, tiles_of[e].kind, vector].append(e)
 
     rows: dict[int, dict[str, int]] = {}
     job_of_tile: list[int] = []
@@ -265,9 +282,9 @@ def plan_power(
         for e in members:
             view = estimates.views[e]
             p, q = (view.s, view.f) if s_first else (view.f, view.s)
-            step = constants["BLOCK_S"] if s_first else constants["BLOCK_F"]
-            if not s_first and view.inner <= step:
-                step -= step % view.inner  # whole units of memory
+            _, width, step = tiles_of[e]
+            if width and not s_first and view.inner <= step:
+                step += -step % view.inner  # whole units of memory
             count = cdiv(p, step)
             y, y_order, y_is_u = estimates.along(e, s_first)
             x, x_order, x_is_u = estimates.along(e, not s_first)
@@ -275,7 +292,7 @@ def plan_power(
             (y_live, y_at), (x_live, x_at) = live[y_is_u], live[x_is_u]
             row = {
                 "WEIGHT": 1 + layers[e], "P": p, "Q": q, "INNER": view.inner, "STEP": step,
-                "FIRST_TILE": len(job_of_tile), "TILES": count, "Y": y, "X": x,
+                "WIDTH": width, "FIRST_TILE": len(job_of_tile), "TILES": count, "Y": y, "X": x,
                 "SIGMA": estimates.sigma[e], "Y_ORDER": y_order, "X_ORDER": x_order,
                 "Y_LIVE": y_at + e, "X_LIVE": x_at + e,
                 "Y_TYPE": VECTOR_TYPES.index(vector_type(y_live[e].dtype, accumulate)),
@@ -283,6 +300,7 @@ def plan_power(
                 "ESTIMATE": int(n_power_iterations[layers[e]] == 0),
             }  # fmt: skip
             spaces = {
+                "WORK_X": q,
                 "WORK_Y": p,
                 "WORK_PARTS": 0 if row["ESTIMATE"] else count * q,
                 "WORK_T": q,
@@ -292,7 +310,7 @@ def plan_power(
             }
             for name, numel in spaces.items():
                 row[name] = workspace_numel
-                workspace_numel += numel
+                workspace_numel += numel + -numel % ALIGNED
             rows[e] = row
             job_of_tile += [e] * count
             tiles.append((steps[e], count))
@@ -351,8 +369,8 @@ def plan_flat(
     """The plan of ``scale`` and ``scale_backward`` for dense weights.
 
     ``others`` are the types of their results or gradients, whose constant is called ``role``. The
-    numbers packed for it are all scales, and the addresses of all weights and all others; for the
-    backward of all results too.
+    numbers packed for it are all scales and the addresses of all weights, and in another table
+    those of all others; for the backward of all results too.
     """
     estimates = describe(weights, layers, dims)
     device = weights[0].device
@@ -393,21 +411,24 @@ def plan_flat(
     )
 
 
-_plans: dict[Hashable, Any] = {}
+_plans: Cache[PowerPlan | FlatPlan] = Cache(KEPT)
 
 
-def cached(key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+def cached(key: Hashable, device: torch.device, make: Callable[[], PowerPlan | FlatPlan]) -> Any:
     """The plan of this key.
 
     Raises:
         RuntimeError: it has to be made, which copies to the device, while a CUDA graph is captured.
     """
-    plan = _plans.get(key)
+    plan = _plans.get(key, device)
     if plan is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fastsn: run the call once, with weights of these shapes, strides and types, "
-                "before it is captured in a CUDA graph"
-            )
-        plan = _plans[key] = make()
+        check(
+            not is_capturing(device),
+            "run the call once, with weights of these shapes, strides and types, before it is "
+            "captured in a CUDA graph",
+        )
+        plan = make()
+        tables = [x for x in vars(plan).values() if isinstance(x, Tensor)]
+        # A copy from the host has ended when it returns.
+        _plans.add(key, device, plan, tables, is_written=True)
     return plan
