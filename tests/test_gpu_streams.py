@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import gpu_fixtures
 import pytest
@@ -30,6 +33,8 @@ from torch_peers import TORCH_PARAMETRIZED
 import fastsn
 from benchmarks import networks
 from benchmarks.gpu_device import count_launches
+
+ROOT = Path(__file__).parents[1]
 
 gpu_fixtures.skip_without_gpu()
 pytestmark = gpu_fixtures.pytestmark
@@ -320,6 +325,40 @@ def test_capture_of_shapes_never_seen(backend):
             assert_same(results[0], fresh.run(fresh_grads, own))
     # And nothing is broken for what follows.
     assert_same(large.run(grads, own), expected)
+
+
+FIRST_USE = """
+import torch
+import torch.nn.functional as F
+from fastsn import ops, reference
+
+weight = torch.randn(64, 48, device="cuda")
+u, v = (F.normalize(torch.randn(n, device="cuda"), dim=0) for n in weight.shape)
+vectors = [[x.clone()] for x in (u, v)]
+how = [0], [0], [1], 1e-12, False, False
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    snapshot = ops.power_([weight], *vectors, *how)
+    (result,) = ops.scale([weight], snapshot, [0], [0], [1.0], False, False)
+graph.replay()
+torch.cuda.synchronize()
+expected = reference.power_([weight], [u], [v], *how)
+torch.testing.assert_close(snapshot, expected)
+torch.testing.assert_close(result, weight / expected[-1])
+print("as expected")
+"""
+
+
+@needs_gpu
+def test_first_use_within_a_capture():
+    """Kernels whose code the device has not had yet: none of them has run in this process."""
+    if not fastsn.ops._C.cuda_architectures:
+        pytest.skip("built without CUDA kernels")
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stdout + done.stderr
 
 
 # Last, as it takes longest
