@@ -246,9 +246,9 @@ def misaligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
-@pytest.mark.parametrize("phase", ["finish", "scale", "gradient"])
+@pytest.mark.parametrize("phase", ["finish", "scale", "product"])
 def test_failure_within_a_kernel(phase, cuda):
-    """The phases behind the first one have an input that the first does not read."""
+    """`finish` writes a vector that `multiply` does not read."""
     call = make_call([random(4, 3), random(2, 5)])
     grads = gradients_for(call)
     expected = call.run(grads, cuda)
@@ -256,7 +256,7 @@ def test_failure_within_a_kernel(phase, cuda):
     run = {
         "finish": lambda: replace(call, u=[misaligned(x) for x in call.u]).power(cuda),
         "scale": lambda: call.scale(misaligned(snapshot), cuda),
-        "gradient": lambda: call.scale_backward(grads, misaligned(snapshot), cuda),
+        "product": lambda: call.scale_backward(grads, misaligned(snapshot), cuda),
     }[phase]
     with pytest.raises(
         RuntimeError, match=f"fastsn: CUDA kernel '{phase}' .*: .*misaligned access"
