@@ -92,21 +92,25 @@ class Call:
 
     @staticmethod
     def of(name: str) -> Call:
-        """Random weights of a network of :mod:`benchmarks.networks`."""
+        """Of a network of :mod:`benchmarks.networks`."""
         with torch.device("meta"):
             model = {**networks.NETWORKS, **networks.QUICK_NETWORKS}[name]()
         layers = networks.layers(model)
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         dims = [int(isinstance(layer, transposed)) for layer in layers]
-        shapes = [tuple(layer.weight.shape) for layer in layers]
+        return Call.of_shapes([tuple(layer.weight.shape) for layer in layers], dims)
+
+    @staticmethod
+    def of_shapes(shapes: Sequence[tuple[int, ...]], dims: Sequence[int] | None = None) -> Call:
+        """Random weights of these shapes, matricized along these dimensions, or the first."""
+        dims = list(dims or [0] * len(shapes))
+        rows = [shape[dim] for shape, dim in zip(shapes, dims, strict=True)]
+        columns = [math.prod(shape) // n for shape, n in zip(shapes, rows, strict=True)]
         return Call(
             [torch.randn(shape) for shape in shapes],
             [torch.randn(shape) for shape in shapes],
-            [torch.randn(shape[dim]) for shape, dim in zip(shapes, dims, strict=True)],
-            [
-                torch.randn(math.prod(shape) // shape[dim])
-                for shape, dim in zip(shapes, dims, strict=True)
-            ],
+            [torch.randn(n) for n in rows],
+            [torch.randn(n) for n in columns],
             dims,
         )
 
@@ -114,21 +118,21 @@ class Call:
     def bytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights)
 
-    def forward(self, ops: Any, v_first: bool) -> Tensor:
-        """An iteration and the normalized weights; returns the snapshot."""
+    def launches(self, recorder: Any, order: str, direction: str) -> list[Any]:
+        """Record a forward (an iteration, the normalized weights) or a backward."""
+        ops = recorder.backend()
         layers, ones = list(range(len(self.weights))), [1] * len(self.weights)
+        constraint = (layers, self.dims, [1.0] * len(self.weights), False, False)
+        recorder.clear()
         snapshot = ops.power_(
-            self.weights, self.u, self.v, layers, self.dims, ones, 1e-12, v_first, False
+            self.weights, self.u, self.v, layers, self.dims, ones, 1e-12, ORDERS[order], False
         )
-        scales = [1.0] * len(self.weights)
-        ops.scale(self.weights, snapshot, layers, self.dims, scales, False, False)
-        return snapshot
-
-    def backward(self, ops: Any, snapshot: Tensor) -> None:
-        layers, scales = list(range(len(self.weights))), [1.0] * len(self.weights)
-        ops.scale_backward(
-            self.grads, self.weights, snapshot, layers, self.dims, scales, False, False
-        )
+        if direction == "forward":
+            ops.scale(self.weights, snapshot, *constraint)
+        else:
+            recorder.clear()
+            ops.scale_backward(self.grads, self.weights, snapshot, *constraint)
+        return recorder.launches()
 
 
 @dataclass(frozen=True)
@@ -146,22 +150,13 @@ def of_call(
 ) -> list[Row]:
     """The rows of one call on each device."""
     recorder = recorded()
-    ops = recorder.backend()
-    call = Call.of(name)
-    recorder.clear()
-    snapshot = call.forward(ops, ORDERS[order])
-    inputs = call.weights
-    floor = 2 * call.bytes
-    if direction == "backward":
-        recorder.clear()
-        call.backward(ops, snapshot)
-        inputs = call.weights + call.grads
-        floor = 3 * call.bytes
-    launches = recorder.launches()
     rows = []
+    with recorder.device_memory():
+        call = Call.of(name)
+        launches = call.launches(recorder, order, direction)
     for device in devices:
         base = Row(name, order, direction, device.name, "all")
-        rows += of_device(recorder, launches, base, device, inputs, floor, options)
+        rows += of_device(recorder, launches, call, base, device, options)
     recorder.clear()
     return rows
 
@@ -169,17 +164,18 @@ def of_call(
 def of_device(
     recorder: Any,
     launches: Sequence[Any],
+    call: Call,
     base: Row,
     device: Device,
-    inputs: Sequence[Tensor],
-    floor: int,
     options: Options,
 ) -> list[Row]:
-    """A row for each launch, and one for all."""
+    """A row for each launch, and one for all, of the call that ``base`` names."""
+    inputs = call.weights + (call.grads if base.direction == "backward" else [])
+    # What is read once, and results of the size of the weights.
+    floor = sum(tensor.nbytes for tensor in inputs) + call.bytes
     caches = recorder.Caches(device.multiprocessors, device.second_level)
-    if options.warm:
-        for tensor in inputs:
-            caches.warm(tensor)
+    for tensor in inputs if options.warm else []:
+        caches.warm(tensor)
     known = gpu_model.resources(options.reports)
     rows = []
     for launch in launches:

@@ -11,6 +11,8 @@ import fcntl
 import functools
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,7 @@ RECORDER_FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared",
 # Each access calls the recorder. Without `-fno-tree-sra`, GCC would load a pack as four numbers.
 COMPILE_FLAGS = [
     "-O2", "-g1", "-Wno-unknown-pragmas", "-fvisibility=hidden", "-fno-strict-aliasing",
-    "-fsanitize=thread", "-fno-tree-sra", f"-I{SOURCES}",
-    '-DFASTSN_EMULATOR_OBSERVER="<observer.h>"',
+    "-fsanitize=thread", "-fno-tree-sra", "-DFASTSN_EMULATOR_RECORDS",
 ]  # fmt: skip
 
 SECTOR = 32
@@ -162,6 +163,17 @@ def backend():
     return torch.ops.fastsn_recorded
 
 
+@contextmanager
+def device_memory() -> Iterator[None]:
+    """New tensors start where they would on a GPU: at multiples of 512 bytes."""
+    ops = backend()
+    ops.align(True)
+    try:
+        yield
+    finally:
+        ops.align(False)
+
+
 def clear() -> None:
     """Forgets all launches."""
     recorder().traffic_clear()
@@ -216,15 +228,12 @@ class Caches:
 
     Args:
         multiprocessors: of the device, each with a first-level cache of its own.
-        second_level: bytes.
-        ways: lines of a set, of which the one that was not used for the longest time makes room.
+        second_level: bytes. The line that was not used for the longest time makes room.
     """
 
-    def __init__(self, multiprocessors: int, second_level: int, ways: int = 16) -> None:
+    def __init__(self, multiprocessors: int, second_level: int) -> None:
         self.multiprocessors = multiprocessors
-        self.ways = ways
-        reset = recorder().traffic_reset_second_level
-        reset(ctypes.c_uint64(second_level), ctypes.c_uint64(ways))
+        recorder().traffic_reset_second_level(ctypes.c_uint64(second_level))
 
     def warm(self, tensor: Tensor) -> None:
         """Has a tensor in the second level before anything runs."""
@@ -241,7 +250,6 @@ class Caches:
             self.multiprocessors,
             resident,
             ctypes.c_uint64(first_level),
-            ctypes.c_uint64(self.ways),
             ctypes.byref(totals),
         )
         return totals

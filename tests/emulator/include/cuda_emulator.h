@@ -58,9 +58,9 @@ constexpr size_t max_shared = 227 << 10;
 constexpr size_t max_parameters = 32764;
 
 // Who is told of the course of a launch: a recorder of memory accesses, or nobody.
-#ifdef FASTSN_EMULATOR_OBSERVER
+#ifdef FASTSN_EMULATOR_RECORDS
 }  // namespace cuda_emulator
-#include FASTSN_EMULATOR_OBSERVER
+#include "../traffic/observer.h"
 namespace cuda_emulator {
 #else
 struct Observer {

@@ -139,9 +139,10 @@ inline int __all_sync(unsigned mask, int predicate) {
 
 namespace cuda_emulator {
 
-// One thread runs at a time. The observer sees one access instead of a load and a store.
+// One thread runs at a time. The observer sees one access instead of a load and a store: `noipa`,
+// or the compiler would load in the caller.
 template <typename T>
-__attribute__((noinline, no_sanitize("thread"))) T exchange(T* p, T value) {
+__attribute__((noipa, no_sanitize("thread"))) T exchange(T* p, T value) {
   Observer::atomic(p, sizeof(T), __builtin_return_address(0));
   const T before = *p;
   *p = value;
@@ -149,7 +150,7 @@ __attribute__((noinline, no_sanitize("thread"))) T exchange(T* p, T value) {
 }
 
 template <typename T>
-__attribute__((noinline, no_sanitize("thread"))) T peek(const T* p) {
+__attribute__((noipa, no_sanitize("thread"))) T peek(const T* p) {
   return *p;
 }
 

@@ -5,51 +5,71 @@
 
 #include <algorithm>
 #include <memory>
+#include <unordered_map>
 
 namespace traffic {
 namespace {
 
 struct Line {
-  uint64_t line = ~uint64_t{0};
-  uint64_t used = 0;
+  uint64_t line = 0;
   uint8_t valid = 0;  // sectors that are there as a whole
   uint8_t dirty = 0;
   Bytes stored{};  // of sectors that are not
+  size_t newer = 0, older = 0;
 };
 
-// Least recently used lines make room, among as many as a set has.
+// The line that was not used for the longest time makes room for another one.
 class Cache {
  public:
-  Cache(uint64_t bytes, uint64_t ways)
-      : ways_(std::max<uint64_t>(std::min(ways, bytes / kLine), 1)),
-        sets_(std::max<uint64_t>(bytes / kLine / ways_, 1)),
-        lines_(sets_ * ways_) {}
+  explicit Cache(uint64_t bytes) : capacity_(std::max<uint64_t>(bytes / kLine, 1)), lines_(1) {
+    places_.reserve(capacity_);
+    lines_.reserve(capacity_ + 1);
+  }
 
   // The line, which is present afterwards; evict(line) is what made room.
   template <typename Evict>
   Line& at(uint64_t line, const Evict& evict) {
-    // Sets are chosen by more than the lowest bits, as on devices.
-    const uint64_t set = sets_ == 1 ? 0 : (line * 0x9E3779B97F4A7C15 >> 20) % sets_;
-    Line* const begin = &lines_[set * ways_];
-    Line* oldest = begin;
-    for (Line* one = begin; one < begin + ways_; ++one) {
-      if (one->line == line) {
-        one->used = ++time_;
-        return *one;
+    const auto found = places_.find(line);
+    size_t place = lines_.size();
+    if (found != places_.end()) {
+      place = found->second;
+      unlink(place);
+    } else {
+      if (places_.size() < capacity_) {
+        lines_.emplace_back();
+      } else {
+        place = lines_[0].newer;
+        unlink(place);
+        places_.erase(lines_[place].line);
+        if (lines_[place].dirty) evict(lines_[place]);
+        lines_[place] = {};
       }
-      if (one->used < oldest->used) oldest = one;
+      lines_[place].line = line;
+      places_.emplace(line, place);
     }
-    if (oldest->dirty) evict(*oldest);
-    *oldest = {};
-    oldest->line = line;
-    oldest->used = ++time_;
-    return *oldest;
+    // Behind the newest.
+    lines_[place].older = lines_[0].older;
+    lines_[place].newer = 0;
+    lines_[lines_[0].older].newer = place;
+    lines_[0].older = place;
+    return lines_[place];
   }
 
-  std::vector<Line>& lines() { return lines_; }
+  template <typename Body>
+  void for_each(const Body& body) {
+    for (size_t place = 1; place < lines_.size(); ++place) body(lines_[place]);
+  }
 
  private:
-  uint64_t ways_, sets_, time_ = 0;
+  void unlink(size_t place) {
+    const Line& line = lines_[place];
+    lines_[line.older].newer = line.newer;
+    lines_[line.newer].older = line.older;
+  }
+
+  uint64_t capacity_;
+  std::unordered_map<uint64_t, size_t> places_;
+  // A ring that starts and ends at the first, which is no line: its `newer` is the oldest line.
   std::vector<Line> lines_;
 };
 
@@ -64,10 +84,9 @@ std::unique_ptr<Cache> second_level;
 
 class Run {
  public:
-  Run(Launch& launch, int multiprocessors, int resident, uint64_t first_level, uint64_t ways)
-      : launch_(launch) {
-    for (int k = 0; k < multiprocessors; ++k) first_.emplace_back(first_level, ways);
-    has_first_ = first_level > 0;
+  Run(Launch& launch, int multiprocessors, int resident, uint64_t first_level)
+      : launch_(launch), has_first_(first_level > 0) {
+    for (int k = 0; k < multiprocessors; ++k) first_.emplace_back(first_level);
     slots_.resize(static_cast<size_t>(multiprocessors) * resident);
   }
 
@@ -163,8 +182,8 @@ class Run {
   }
 
   Launch& launch_;
-  std::vector<Cache> first_;
   bool has_first_;
+  std::vector<Cache> first_;
   std::vector<Slot> slots_;
   TrafficTotals totals_{};
 };
@@ -194,8 +213,8 @@ const traffic::TrafficPhase* traffic_phases(size_t launch) {
 }
 
 // An empty second-level cache.
-void traffic_reset_second_level(uint64_t bytes, uint64_t ways) {
-  second_level = std::make_unique<traffic::Cache>(bytes, ways);
+void traffic_reset_second_level(uint64_t bytes) {
+  second_level = std::make_unique<traffic::Cache>(bytes);
 }
 
 // Clean data that is there before anything runs.
@@ -209,14 +228,14 @@ void traffic_warm(uintptr_t address, uint64_t bytes) {
 }
 
 void traffic_run(
-    size_t launch, int multiprocessors, int resident, uint64_t first_level, uint64_t ways,
+    size_t launch, int multiprocessors, int resident, uint64_t first_level,
     traffic::TrafficTotals* totals) {
-  *totals = traffic::Run(launches[launch], multiprocessors, resident, first_level, ways).run();
+  *totals = traffic::Run(launches[launch], multiprocessors, resident, first_level).run();
 }
 
 // What still has to be written to memory.
 void traffic_write_back(traffic::TrafficTotals* totals) {
   *totals = {};
-  for (auto& line : second_level->lines()) traffic::write_back(line, *totals);
+  second_level->for_each([&](auto& line) { traffic::write_back(line, *totals); });
 }
 }
