@@ -8,6 +8,7 @@ import ctypes
 import json
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -44,7 +45,7 @@ MEMORY = {"u": 1.56, "v": 1.55, "backward": 1.35}
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def built(tmp_path_factory):
     """The functions of selftest.cpp. They return what was recorded of their launch."""
     folder = tmp_path_factory.mktemp("traffic")
     compiler = emulated.compiler().split()
@@ -74,10 +75,10 @@ def kernels(tmp_path_factory):
     return Functions()
 
 
-@pytest.fixture(autouse=True)
-def nothing_recorded():
+@pytest.fixture
+def kernels(built):
     recorded.clear()
-    yield
+    yield built
     recorded.clear()
 
 
@@ -247,6 +248,14 @@ class TestCaches:
         caches = Caches(1, kibibytes * KIB)
         assert one(caches, launch).memory == rounds_from_memory * 512
 
+    def test_a_line_that_is_used_again_stays(self, kernels):
+        """Of three lines, one is always the result's: a, b, a, then c in b's place."""
+        lines, out = aligned(3 * 32), aligned(32)
+        a, b, c = (kernels.strided(1, lines, 1, 32 * k, 32, out, 1) for k in range(3))
+        caches = Caches(1, 3 * LINE)
+        missed = [one(caches, launch).memory for launch in (a, b, a, c, a, b)]
+        assert missed == [4, 4, 0, 4, 0, 4]
+
     def test_evicted_lines_are_written_back(self, kernels):
         x, out = aligned(4096), aligned(4096)
         launch = kernels.packs(16, x, out)
@@ -411,38 +420,42 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def record(kind: str) -> tuple[gpu_traffic.Call, list[Launch]]:
-    """A forward with "u" or "v" first, or a "backward"."""
-    with recorded.device_memory():
-        call = gpu_traffic.Call.of_shapes(SHAPES)
-        order, direction = ("u", kind) if kind == "backward" else (kind, "forward")
-        return call, call.launches(recorded, order, direction)
-
-
-@pytest.fixture(params=["u", "v", "backward"])
+@pytest.fixture(scope="module", params=["u", "v", "backward"])
 def kind(request) -> str:
+    """A forward with u or v first, or a backward."""
     return request.param
 
 
+@pytest.fixture(scope="module")
+def call(kind):
+    """What the operators are called with, and the launches."""
+    recorded.clear()
+    with recorded.device_memory():
+        call = gpu_traffic.Call.of_shapes(SHAPES)
+        order, direction = ("u", kind) if kind == "backward" else (kind, "forward")
+        yield SimpleNamespace(call=call, launches=call.launches(recorded, order, direction))
+    recorded.clear()
+
+
 class TestKernels:
-    def test_shares(self, kind):
-        for launch in record(kind)[1]:
+    def test_shares(self, kind, call):
+        assert call.launches
+        for launch in call.launches:
             least = SHORT_OF_IT.get((kind, launch.kernel), (SHARE, SHARE))
             loads = gpu_traffic.efficiency([site for site in launch.sites if site.loads])
             stores = gpu_traffic.efficiency([site for site in launch.sites if site.stores])
             assert loads >= least[0], f"loads of {launch.kernel}"
             assert stores >= least[1], f"stores of {launch.kernel}"
 
-    def test_memory(self, kind):
+    def test_memory(self, kind, call):
         """With 1/64 of an H100's multiprocessors and second-level cache."""
-        call, launches = record(kind)
         whole = gpu_model.DEVICES["H100"]
         small = replace(whole, multiprocessors=2, second_level=whole.second_level // 64)
         base = gpu_traffic.Row("", "", kind, "", "")
         options = gpu_traffic.Options()
-        total = gpu_traffic.of_device(recorded, launches, call, base, small, options)[-1]
-        assert total.loaded - total.first_level < LOADED[kind] * call.bytes
-        assert total.stored < STORED[kind] * call.bytes
+        total = gpu_traffic.of_device(recorded, call.launches, call.call, base, small, options)[-1]
+        assert total.loaded - total.first_level < LOADED[kind] * call.call.bytes
+        assert total.stored < STORED[kind] * call.call.bytes
         assert total.of_floor < MEMORY[kind]
 
 
