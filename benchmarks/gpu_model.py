@@ -6,8 +6,8 @@ the bulk of its loads, and the first round trip of these. Its *body* moves its b
 what comes after the bulk: reductions and barriers.
 
 What a block does lies between barriers in phases. The warp of a phase that loads most needs as many
-round trips as it takes with so many loads in flight, each as long as the farthest place that the
-phase's data came from. The sum over the phases is what a body takes alone; bodies that together ask
+round trips as it takes with so many loads in flight, each as long as the places that the phase's
+data came from are far. The sum over the phases is what a body takes alone; bodies that together ask
 for more bytes per second than the memory or the second-level cache gives are all slowed down by
 the same factor. Arithmetic costs nothing here, and the host's work, which a graph hides, neither.
 """
@@ -89,7 +89,9 @@ class InFlight:
     narrow: int
 
 
-#: As read from the machine code for compute capability 9.0; of any other kernel, DEFAULT_IN_FLIGHT.
+#: For compute capability 9.0. `scale` and `product` are as the machine code has them, whose branch
+#: on alignment keeps loads apart; the others as the sources unroll them. To be changed with the
+#: kernels. Of a kernel that is not here, DEFAULT_IN_FLIGHT.
 IN_FLIGHT: dict[str, InFlight] = {
     "multiply": InFlight(8, 1),
     "finish": InFlight(4, 4),
@@ -212,11 +214,15 @@ def _as_block(
 
 
 def _latency(phase: Any) -> float:
-    if phase.memory:
-        return MEMORY_LATENCY
-    if phase.second_level or phase.atomics:
-        return SECOND_LEVEL_LATENCY
-    return FIRST_LEVEL_LATENCY
+    """Of a round trip: the mean over all that was loaded."""
+    second_level = phase.second_level + phase.atomics
+    count = phase.first_level + second_level + phase.memory
+    seconds = (
+        phase.first_level * FIRST_LEVEL_LATENCY
+        + second_level * SECOND_LEVEL_LATENCY
+        + phase.memory * MEMORY_LATENCY
+    )
+    return seconds / count if count else 0.0
 
 
 def _phase_seconds(phase: Any, device: Device, resident: int, in_flight: InFlight) -> float:
@@ -227,7 +233,7 @@ def _phase_seconds(phase: Any, device: Device, resident: int, in_flight: InFligh
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of a launch, and how long of these no block was in its body: no bulk data came."""
+    """Seconds of a launch, and how long of these no block was in its body: nothing was moved."""
 
     seconds: float
     idle: float

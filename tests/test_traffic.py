@@ -347,6 +347,14 @@ class TestTime:
         assert (block.body, block.end) == (pytest.approx(body), 0)
         assert block.memory == block.second_level == 10 * SECTOR
 
+    def test_a_round_trip_is_as_long_as_the_way(self):
+        phase = Phase(wide_loads=3, first_level=1, second_level=2, memory=1, atomics=1)
+        (block,) = gpu_model.as_blocks([phase], 0, DEVICE, 1, InFlight(1, 1))
+        trip = gpu_model.FIRST_LEVEL_LATENCY + 3 * gpu_model.SECOND_LEVEL_LATENCY
+        trip = (trip + gpu_model.MEMORY_LATENCY) / 5
+        assert block.fill == pytest.approx(gpu_model.BLOCK_START + trip)
+        assert block.body == pytest.approx(3 * trip + gpu_model.BARRIER)
+
     def test_the_port_into_a_multiprocessor(self):
         """Two blocks share it; round trips would take less."""
         phase = Phase(wide_loads=1, memory=10_000)
