@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,20 +28,21 @@ ROOT = TESTS.parent
 INCLUDE = TESTS / "emulator" / "include"
 BUILDS = ROOT / "build" / "emulated"
 
-NAME = "fastsn_emulated"
-SOURCES = [
-    TESTS / "emulator" / "module.cpp",
-    TESTS / "emulator" / "checks.cpp",
-    TESTS / "emulator" / "controls.cpp",
+# The kernels and the operators of spectral normalization.
+OPERATORS = [
     TESTS / "emulator" / "kernels.cpp",
-    ROOT / "csrc" / "cuda" / "means.cpp",
     ROOT / "csrc" / "cuda" / "ops.cpp",
-    ROOT / "csrc" / "cuda" / "patches.cpp",
     ROOT / "csrc" / "cuda" / "plan.cpp",
     ROOT / "csrc" / "estimates.cpp",
 ]
-# Whatever of these changes, it is compiled again.
-INPUTS = [*SOURCES, ROOT / "csrc", ROOT / "csrc" / "cuda", INCLUDE]
+SOURCES = [
+    *OPERATORS,
+    TESTS / "emulator" / "module.cpp",
+    TESTS / "emulator" / "checks.cpp",
+    TESTS / "emulator" / "controls.cpp",
+    ROOT / "csrc" / "cuda" / "means.cpp",
+    ROOT / "csrc" / "cuda" / "patches.cpp",
+]
 
 # The sanitizers' calls end in the emulator, which makes them errors of the launch.
 COMPILE_FLAGS = [
@@ -54,65 +56,84 @@ def compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def _digests() -> dict[str, str]:
-    """A digest of everything that the library depends on, by path or name."""
-    files = {file for path in INPUTS for file in ([path] if path.is_file() else path.glob("*.*"))}
-    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
-    return {**digests, "command": " ".join([compiler(), *COMPILE_FLAGS])}
+@dataclass(frozen=True)
+class Library:
+    """Operators on CPU tensors, and how they are compiled: whatever of `inputs` changes, again."""
 
+    name: str
+    sources: list[Path]
+    flags: list[str]
+    inputs: tuple[Path, ...] = ()
+    link_flags: tuple[str, ...] = ()
 
-def _compile(folder: Path) -> None:
-    from torch.utils import cpp_extension
+    def load(self) -> ctypes.CDLL:
+        """The library, up to date and loaded."""
+        folder = (
+            BUILDS / f"{self.name}-python-{platform.python_version()}-torch-{torch.__version__}"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path, manifest = folder / f"{self.name}.so", folder / "digests.json"
+        # Until the library is loaded, no other process may replace it.
+        with open(BUILDS / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            wanted = self._digests()
+            known = json.loads(manifest.read_text()) if manifest.exists() and path.exists() else {}
+            if wanted != known:
+                changed = [Path(name) for name, own in wanted.items() if own != known.get(name)]
+                built = path.stat().st_mtime if path.exists() else 0
+                # ninja would take what changed, but has an old time, as unchanged.
+                if any(file.is_file() and file.stat().st_mtime <= built for file in changed):
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                manifest.unlink(missing_ok=True)
+                self._compile(folder)
+                manifest.write_text(json.dumps(wanted, indent=1))
+            torch.ops.load_library(path)
+            return ctypes.CDLL(str(path))
 
-    # A process that was killed leaves torch's own lock behind, and all others would wait for it.
-    (folder / "lock").unlink(missing_ok=True)
-    # ninja may be installed beside this Python, which need not be on PATH.
-    before = {name: os.environ.get(name) for name in ("PATH", "CXX")}
-    os.environ["PATH"] = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
-    os.environ["CXX"] = compiler()
-    try:
-        with warnings.catch_warnings():
-            # What torch's builder says about compilers concerns none of the tests.
-            warnings.simplefilter("ignore")
-            cpp_extension.load(
-                NAME,
-                [str(source) for source in SOURCES],
-                extra_cflags=COMPILE_FLAGS,
-                extra_include_paths=[str(INCLUDE)],
-                build_directory=str(folder),
-                is_python_module=False,
-            )
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    def _digests(self) -> dict[str, str]:
+        """A digest of everything that the library depends on, by path or name."""
+        inputs = [*self.sources, ROOT / "csrc", ROOT / "csrc" / "cuda", INCLUDE, *self.inputs]
+        files = {f for path in inputs for f in ([path] if path.is_file() else path.glob("*.*"))}
+        digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        command = " ".join([compiler(), *self.flags, *self.link_flags])
+        return {**dict(sorted(digests.items())), "command": command}
+
+    def _compile(self, folder: Path) -> None:
+        from torch.utils import cpp_extension
+
+        # A process that was killed leaves torch's own lock behind, and all others would wait for
+        # it.
+        (folder / "lock").unlink(missing_ok=True)
+        # ninja may be installed beside this Python, which need not be on PATH.
+        before = {name: os.environ.get(name) for name in ("PATH", "CXX")}
+        os.environ["PATH"] = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
+        os.environ["CXX"] = compiler()
+        try:
+            with warnings.catch_warnings():
+                # What torch's builder says about compilers concerns none of the tests.
+                warnings.simplefilter("ignore")
+                cpp_extension.load(
+                    self.name,
+                    [str(source) for source in self.sources],
+                    extra_cflags=self.flags,
+                    extra_ldflags=list(self.link_flags),
+                    extra_include_paths=[str(INCLUDE)],
+                    build_directory=str(folder),
+                    is_python_module=False,
+                )
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library with the emulated back-end, up to date and loaded."""
-    folder = BUILDS / f"python-{platform.python_version()}-torch-{torch.__version__}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path, manifest = folder / f"{NAME}.so", folder / "digests.json"
-    # Until the library is loaded, no other process may replace it.
-    with open(BUILDS / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = _digests()
-        known = json.loads(manifest.read_text()) if manifest.exists() and path.exists() else {}
-        if wanted != known:
-            changed = [Path(name) for name, digest in wanted.items() if digest != known.get(name)]
-            built = path.stat().st_mtime if path.exists() else 0
-            # ninja would take what changed, but has an old time, as unchanged.
-            if any(file.is_file() and file.stat().st_mtime <= built for file in changed):
-                shutil.rmtree(folder)
-                folder.mkdir()
-            manifest.unlink(missing_ok=True)
-            _compile(folder)
-            manifest.write_text(json.dumps(wanted, indent=1))
-        torch.ops.load_library(path)
-        result = ctypes.CDLL(str(path))
+    result = Library("fastsn_emulated", SOURCES, COMPILE_FLAGS).load()
     result.emulator_launch_count.restype = ctypes.c_size_t
     return result
 

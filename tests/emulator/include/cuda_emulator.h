@@ -57,6 +57,25 @@ constexpr size_t default_shared = 48 << 10;
 constexpr size_t max_shared = 227 << 10;
 constexpr size_t max_parameters = 32764;
 
+// Who is told of the course of a launch: a recorder of memory accesses, or nobody.
+#ifdef FASTSN_EMULATOR_RECORDS
+}  // namespace cuda_emulator
+#include "../traffic/observer.h"
+namespace cuda_emulator {
+#else
+struct Observer {
+  template <typename Machine>
+  static void begin_launch(Machine&, const void*, size_t, int, size_t) {}
+  static void begin_block(size_t) {}
+  static void end_block() {}
+  static void go_on(int) {}
+  static void meet(int) {}
+  static void barrier() {}
+  static void past_first_level() {}
+  static void atomic(const void*, size_t, const void*) {}
+};
+#endif
+
 // Fibers
 
 #if defined(__x86_64__) && !defined(FASTSN_EMULATOR_UCONTEXT)
@@ -110,6 +129,11 @@ class Stacks {
     cuda_emulator::prepare(context, memory_ + thread * stride_ + page_, size - shift, entry);
   }
 
+  std::pair<const void*, size_t> range() {
+    if (!memory_) allocate();
+    return {memory_, stride_ * max_threads};
+  }
+
  private:
   static constexpr size_t size = 256 << 10;
 
@@ -129,8 +153,12 @@ class Stacks {
 class StaticShared {
  public:
   void poison() {
+    for (auto [begin, size] : ranges()) std::memset(begin, 0xFF, size);
+  }
+
+  const std::vector<std::pair<char*, size_t>>& ranges() {
     if (!known_) find();
-    for (auto [begin, size] : ranges_) std::memset(begin, 0xFF, size);
+    return ranges_;
   }
 
  private:
@@ -241,7 +269,7 @@ class Machine {
   }
 
   // Runs a kernel; returns what it did wrong, or nothing.
-  std::string launch(dim3 grid, dim3 block, size_t shared, Body body) {
+  std::string launch(dim3 grid, dim3 block, size_t shared, const void* kernel, Body body) {
     gridDim = grid;
     blockDim = block;
     threads_ = static_cast<int>(block.x * block.y * block.z);
@@ -249,6 +277,7 @@ class Machine {
     body_ = body;
     error_.clear();
     shared_size_ = shared;
+    Observer::begin_launch(*this, kernel, size_t{grid.x} * grid.y * grid.z, threads_, shared);
     for (size_t index : block_order_.permutation(size_t{grid.x} * grid.y * grid.z)) {
       block_index_ = index;
       run_block();
@@ -258,6 +287,14 @@ class Machine {
   }
 
   unsigned char* dynamic_shared() { return shared_; }
+
+  // Where the threads keep what is not in global memory.
+  std::pair<const void*, size_t> stacks() { return stacks_.range(); }
+  std::vector<std::pair<char*, size_t>> shared_memory() {
+    auto ranges = static_shared_.ranges();
+    ranges.emplace_back(reinterpret_cast<char*>(shared_), shared_size_);
+    return ranges;
+  }
 
   int lane() const { return current_ % warp_size; }
 
@@ -317,7 +354,9 @@ class Machine {
       begin(t);
       stacks_.prepare(contexts_[t], t, run_thread);
     }
+    Observer::begin_block(block_index_);
     go(choose());
+    Observer::end_block();
     const unsigned char* end = shared_ + shared_size_;
     if (error_.empty() && std::any_of(end, end + margin, [](auto byte) { return byte != 0xFF; }))
       error_ = "block " + std::to_string(block_index_) +
@@ -365,6 +404,8 @@ class Machine {
             std::string(name_of(operation)) + " with mask " + hex(mask) + ", but " +
             waits(first + lane));
     }
+    const int lanes = std::min(threads_ - first, warp_size);
+    if (__builtin_popcount(mask) == lanes) Observer::meet(first / warp_size);
     for (int lane = 0; lane < warp_size; ++lane) {
       if (!(mask >> lane & 1)) continue;
       // What a lane outside of the mask would give is undefined.
@@ -384,6 +425,7 @@ class Machine {
     if (next == last) return;
     current_ = next;
     if (next != host) threadIdx = thread_index_[next];
+    Observer::go_on(next == host ? -1 : next);
     exchange(contexts_[last], contexts_[next]);
   }
 
@@ -396,6 +438,7 @@ class Machine {
         return host;
       }
       at_barrier_ = 0;
+      Observer::barrier();
       for (int t = 0; t < threads_; ++t) begin(t);
     }
     // A warp goes on as far as it can; at random, others come between.

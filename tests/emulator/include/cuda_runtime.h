@@ -138,11 +138,35 @@ inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
 
-// One thread runs at a time. There is no atomicAdd of floats: its order would be left to chance.
-inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); }
-inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
+namespace cuda_emulator {
+
+// One thread runs at a time. The observer sees one access instead of a load and a store: `noipa`,
+// or the compiler would load in the caller.
+template <typename T>
+__attribute__((noipa, no_sanitize("thread"))) T exchange(T* p, T value) {
+  Observer::atomic(p, sizeof(T), __builtin_return_address(0));
+  const T before = *p;
+  *p = value;
+  return before;
+}
+
+template <typename T>
+__attribute__((noipa, no_sanitize("thread"))) T peek(const T* p) {
+  return *p;
+}
+
+}  // namespace cuda_emulator
+
+// There is no atomicAdd of floats: its order would be left to chance.
+inline int atomicAdd(int* p, int value) {
+  return cuda_emulator::exchange(p, cuda_emulator::peek(p) + value);
+}
+inline unsigned atomicAdd(unsigned* p, unsigned value) {
+  return cuda_emulator::exchange(p, cuda_emulator::peek(p) + value);
+}
 inline unsigned atomicInc(unsigned* p, unsigned limit) {
-  return std::exchange(*p, *p >= limit ? 0 : *p + 1);
+  const unsigned before = cuda_emulator::peek(p);
+  return cuda_emulator::exchange(p, before >= limit ? 0 : before + 1);
 }
 
 [[noreturn]] inline void __trap() { cuda_emulator::machine.fail("__trap()"); }
@@ -159,6 +183,7 @@ T __ldca(const T* p) {
 }
 template <typename T>
 T __ldcg(const T* p) {
+  cuda_emulator::Observer::past_first_level();
   return *p;
 }
 template <typename T>
@@ -408,7 +433,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
   std::lock_guard<std::mutex> lock(one_launch);
   if (const cudaError_t error = check(config, kernel)) return record(error);
   ++launches;
-  failure = machine.launch(config.gridDim, config.blockDim, config.dynamicSmemBytes, body);
+  failure = machine.launch(config.gridDim, config.blockDim, config.dynamicSmemBytes, kernel, body);
   return record(failure.empty() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
