@@ -93,11 +93,11 @@ class InFlight:
 #: on alignment keeps loads apart; the others as the sources unroll them. To be changed with the
 #: kernels. Of a kernel that is not here, DEFAULT_IN_FLIGHT.
 IN_FLIGHT: dict[str, InFlight] = {
-    "multiply": InFlight(8, 1),
+    "multiply": InFlight(8, 8),
     "finish": InFlight(4, 4),
-    "scale": InFlight(1, 1),
-    "product": InFlight(2, 1),
-    "gradient": InFlight(1, 4),
+    "scale": InFlight(4, 4),
+    "product": InFlight(4, 4),
+    "gradient": InFlight(4, 8),
 }
 DEFAULT_IN_FLIGHT = InFlight(4, 4)
 
