@@ -95,8 +95,8 @@ class InFlight:
 IN_FLIGHT: dict[str, InFlight] = {
     "multiply": InFlight(8, 8),
     "finish": InFlight(4, 4),
-    "scale": InFlight(4, 4),
-    "product": InFlight(4, 4),
+    "scale": InFlight(4, 16),
+    "product": InFlight(4, 15),
     "gradient": InFlight(4, 8),
 }
 DEFAULT_IN_FLIGHT = InFlight(4, 4)

@@ -56,6 +56,23 @@ __device__ __forceinline__ void store_run(Acc* to, const Pack<Acc, kCount>& run)
   }
 }
 
+// The first `count` of `values`, so far as they lie before `end`, in runs of kRun.
+template <int kRun, int kValues, typename Acc>
+__device__ __forceinline__ void store_runs(
+    Acc* to, int at, int end, int count, const Acc (&values)[kValues]) {
+#pragma unroll
+  for (int k = 0; k < kValues; k += kRun) {
+    if (k < count && at + k < end) {
+      Pack<Acc, kRun> run;
+#pragma unroll
+      for (int c = 0; c < kRun; ++c) {
+        run.e[c] = values[k + c];
+      }
+      store_run(to + at + k, run);
+    }
+  }
+}
+
 // Element `index` of u or v.
 template <typename Acc>
 __device__ __forceinline__ Acc
@@ -220,23 +237,24 @@ __device__ __forceinline__ void units_first(
   const int from = tile * cut.span;
   const int until = min(from + cut.span, matrix.members);
   const int end = matrix.units * cut.class_chunks;
-  // The units of a group follow one another, so that their results fill whole sectors.
-  const int own = lane.group * kUnits;
   const int stride = kUnits << cut.group_bits;
   const Acc* const before = call.before(item.unit);
 
   Acc sums[kPack] = {};
-  for (int base = own; base < end + own; base += stride) {
+  for (int base = 0; base < end; base += stride) {
     Pack<T> packs[kUnits];
     Acc x[kUnits];
+    // Groups side by side have units side by side, so that these are whole sectors of the vector.
+    const auto unit_of = [&](int k) {
+      return Unit(matrix, cut, lane, base + (k << cut.group_bits) + lane.group, end);
+    };
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
-      packs[k] =
-          load<kVectorized, T>(item, lane, Unit(matrix, cut, lane, base + k, end), from, until, 0);
+      packs[k] = load<kVectorized, T>(item, lane, unit_of(k), from, until, 0);
     }
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
-      const Unit unit(matrix, cut, lane, base + k, end);
+      const Unit unit = unit_of(k);
       x[k] = unit.valid ? element(matrix, false, before, unit.position(matrix)) : Acc(0);
     }
 #pragma unroll
@@ -264,6 +282,8 @@ __device__ __forceinline__ void units_first(
   const auto factors = held_pack<kVectorized>(cut, lane, y, 0);
   Acc* const part = call.workspace + item.partial + tile * unit_length(matrix);
   const bool within_warp = cut.classes == 1 && cut.lanes <= 32;
+  // Here the units of a group follow one another, so that their results fill whole sectors.
+  const int own = lane.group * kUnits;
   for (int base = own; base < end + own; base += stride) {
     Pack<T> packs[kUnits];
 #pragma unroll
@@ -282,12 +302,13 @@ __device__ __forceinline__ void units_first(
     }
     if (within_warp) {
       const int2 kept = sum_lanes(cut, lane.lane, dots);
-#pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        const int at = base + kept.y + k;
-        if (k < kept.x && at < end) {
-          part[at] = dots[k];
-        }
+      const int at = base + kept.y;
+      if (end % kPack != 0 || kept.x == 1) {
+        store_runs<1>(part, at, end, kept.x, dots);
+      } else if (kept.x == 2) {
+        store_runs<2>(part, at, end, kept.x, dots);
+      } else {
+        store_runs<kPack>(part, at, end, kept.x, dots);
       }
     } else {
       sum_classes<kBlock>(cut, lane, dots, exchange);
