@@ -229,7 +229,8 @@ def hold(
     # Begins at a multiple of 16 bytes.
     vector_at = tl.multiple_of(workspace + tl.load(job + WORK_X), 16)
     square = tl.zeros([BLOCK_Y], ACC)
-    z = tl.zeros([BLOCK_Y, BLOCK_X], ACC)
+    # Rows are added up at the end, columns at once: their sum needs few registers and exchanges.
+    z = tl.zeros([BLOCK_Y, BLOCK_X] if S_FIRST else [BLOCK_X], ACC)
     begin = own * step
     for start in range(begin, tl.minimum(begin + step, n_y), BLOCK_Y):
         y = start + tl.arange(0, BLOCK_Y)
@@ -239,11 +240,14 @@ def hold(
         vector = tl.load(vector_at + x, mask=x_mask, other=0.0)
         result = tl.where(y_mask, tl.sum(w * vector[None, :], axis=1), 0.0)
         tl.store(workspace + tl.load(job + WORK_Y) + y, result, mask=y_mask)
-        square += result * other_factor(job, y, y_mask, result, is_estimate, orders, snapshot)
-        z += w * result[:, None]
+        square += result * other_factor(job, y, y_mask, result, orders, snapshot, S_FIRST)
+        part = w * result[:, None]
+        z += part if S_FIRST else tl.sum(part, axis=0)
     tl.store(workspace + tl.load(job + WORK_TILE_SUMS) + own, tl.sum(square, axis=0))
-    part = workspace + tl.load(job + WORK_PARTS) + own.to(tl.int64) * n_x
-    tl.store(part + x, tl.sum(z, axis=0), mask=only_if(is_estimate == 0, x_mask))
+    parts = workspace + tl.load(job + WORK_PARTS) + own.to(tl.int64) * n_x
+    if S_FIRST:
+        z = tl.sum(z, axis=0)
+    tl.store(parts + x, z, mask=only_if(is_estimate == 0, x_mask))
 
 
 @triton.jit
@@ -266,7 +270,7 @@ def read_twice(
         total += w * vector[None, :]
     result = tl.where(y_mask, tl.sum(total, axis=1), 0.0)
     tl.store(workspace + tl.load(job + WORK_Y) + y, result, mask=y_mask)
-    square = result * other_factor(job, y, y_mask, result, is_estimate, orders, snapshot)
+    square = result * other_factor(job, y, y_mask, result, orders, snapshot, S_FIRST)
     tl.store(workspace + tl.load(job + WORK_TILE_SUMS) + own, tl.sum(square, axis=0))
     part = workspace + tl.load(job + WORK_PARTS) + own.to(tl.int64) * n_x
     for start in range(0, tl.where(is_estimate, 0, n_x), BLOCK_X):
@@ -277,12 +281,17 @@ def read_twice(
 
 
 @triton.jit
-def other_factor(job, y, y_mask, result, is_estimate, orders, snapshot):
+def other_factor(job, y, y_mask, result, orders, snapshot, S_FIRST: tl.constexpr):
     """What y = W x is multiplied with for the sum of the tile: u of an estimate, else itself."""
-    mask = only_if(is_estimate, y_mask)
-    index = in_order(orders, tl.load(job + Y_ORDER), y, mask)
-    u = tl.load(snapshot + tl.load(job + Y) + index, mask=mask, other=0.0)
-    return tl.where(is_estimate, u, result)
+    factor = result
+    # y of an estimate is along s.
+    if S_FIRST:
+        is_estimate = tl.load(job + ESTIMATE) != 0
+        mask = only_if(is_estimate, y_mask)
+        index = in_order(orders, tl.load(job + Y_ORDER), y, mask)
+        u = tl.load(snapshot + tl.load(job + Y) + index, mask=mask, other=0.0)
+        factor = tl.where(is_estimate, u, result)
+    return factor
 
 
 @kernel
