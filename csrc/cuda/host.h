@@ -34,7 +34,9 @@ inline Where where(const at::Device& device) {
 }
 
 inline void check(const char* error, const char* phase) {
-  TORCH_CHECK(error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error);
+  TORCH_CHECK(
+      error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error,
+      ". `python -m fastsn info` tells on which GPUs it can run");
 }
 
 // Whether packs can be loaded from it.
