@@ -93,7 +93,7 @@ class InFlight:
 #: on alignment keeps loads apart; the others as the sources unroll them. To be changed with the
 #: kernels. Of a kernel that is not here, DEFAULT_IN_FLIGHT.
 IN_FLIGHT: dict[str, InFlight] = {
-    "multiply": InFlight(8, 8),
+    "multiply": InFlight(8, 32),
     "finish": InFlight(4, 4),
     "scale": InFlight(4, 16),
     "product": InFlight(4, 15),

@@ -10,10 +10,23 @@ template <typename Acc>
 __device__ __forceinline__ void lay_out(
     const Matrix& matrix, bool of_members, const Acc* from, Acc* to, int64_t length, int block,
     int blocks) {
+  constexpr int kAtOnce = 8;
+  const int64_t stride = int64_t{blocks} * kFlatThreads;
   with_positions(matrix, of_members, [&](const auto& position) {
-    for (int64_t k = int64_t{block} * kFlatThreads + threadIdx.x; k < length;
-         k += int64_t{blocks} * kFlatThreads) {
-      to[k] = from[position(static_cast<int>(k))];
+    for (int64_t base = int64_t{block} * kFlatThreads + threadIdx.x; base < length;
+         base += kAtOnce * stride) {
+      Acc values[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t at = base + k * stride;
+        values[k] = at < length ? __ldg(from + position(static_cast<int>(at))) : Acc(0);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (base + k * stride < length) {
+          to[base + k * stride] = values[k];
+        }
+      }
     }
   });
 }
