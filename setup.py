@@ -6,6 +6,7 @@ where nvcc is found, whatever torch is installed. FASTSN_CUDA_ARCHITECTURES="80 
 these compute capabilities only. FASTSN_WERROR=1 makes C++ warnings errors.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -20,8 +21,10 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 #: Object files of the CUDA kernels, and what the assembler reported of each.
 CUDA_OBJECTS = ROOT / "build" / "cuda"
-#: Machine code for these; PTX of the first serves every later one.
-CUDA_ARCHITECTURES = ("80", "90", "100")
+#: Machine code for these serves their major version from there on: 8.6 and 8.9, 10.3, 12.1. What is
+#: between (11.0) and what comes later is served by PTX, see `portable_architecture`. Jetsons before
+#: 11.0 run only what is compiled for just them (FASTSN_CUDA_ARCHITECTURES=87).
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
 
 class CudaDecision(NamedTuple):
@@ -57,16 +60,46 @@ def decide_cuda(wish: str | None, nvcc: str | None) -> CudaDecision:
     return CudaDecision(False, reason)
 
 
-def cuda_architectures(wish: str | None) -> tuple[str, ...]:
+def cuda_architectures(wish: str | None, nvcc: str | None) -> tuple[str, ...]:
     """The compute capabilities to compile for, from FASTSN_CUDA_ARCHITECTURES=`wish`.
 
+    Without a wish, the usual ones that `nvcc` knows; without an nvcc, nothing is compiled.
+
     Raises:
-        ValueError: `wish` has something other than numbers such as 80 or 90a in it.
+        ValueError: `wish` has something other than numbers such as 80 or 90a in it, or `nvcc` knows
+            not all of them, or none of the usual ones.
     """
     wanted = tuple((wish or "").replace(",", " ").split())
     if not all(re.fullmatch(r"[0-9]+[af]?", one) for one in wanted):
         raise ValueError(f"FASTSN_CUDA_ARCHITECTURES must be like '80 90', got {wish!r}")
-    return wanted or CUDA_ARCHITECTURES
+    if nvcc is None:
+        return ()
+    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    known = re.findall(r"sm_(\d+)", done.stdout)
+    usable = tuple(one for one in wanted or CUDA_ARCHITECTURES if one.rstrip("af") in known)
+    if not usable or (wanted and usable != wanted):
+        asked = f"FASTSN_CUDA_ARCHITECTURES={wish!r}" if wanted else "fastsn"
+        raise ValueError(
+            f"{asked} needs an nvcc that knows {' '.join(wanted or CUDA_ARCHITECTURES)}, "
+            f"got {nvcc}, which knows {' '.join(known) or 'none'}"
+        )
+    return usable
+
+
+def portable_architecture(architectures: tuple[str, ...]) -> str | None:
+    """That whose PTX is kept, for a driver to compile where there is no machine code.
+
+    PTX serves its own compute capability and all later ones. The newest is the best that leaves out
+    nothing, so where a version between two is not compiled for, it is the newest before this gap:
+    of 80, 90, 100, 120 it is 100, for 11.0, and as good as 120 for 13.0. That of 90 and later also
+    waits for the kernel before it, which programmatic dependent launch relies on.
+    """
+    # 90a and 100f are for their own kind alone.
+    plain = sorted(int(one) for one in architectures if one.isdecimal())
+    for one, after in itertools.pairwise(plain):
+        if after // 10 != one // 10 and after != (one // 10 + 1) * 10:
+            return str(one)
+    return str(plain[-1]) if plain else None
 
 
 def nvcc_command(nvcc: str, architectures: tuple[str, ...]) -> list[str]:
@@ -75,8 +108,8 @@ def nvcc_command(nvcc: str, architectures: tuple[str, ...]) -> list[str]:
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
     for one in architectures:
         command.append(f"-gencode=arch=compute_{one},code=sm_{one}")
-    first = architectures[0]
-    command.append(f"-gencode=arch=compute_{first},code=compute_{first}")
+    if portable := portable_architecture(architectures):
+        command.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
     if os.environ.get("FASTSN_WERROR") == "1":
         command += ["-Werror", "all-warnings"]
     return command
@@ -132,11 +165,21 @@ def require_compiler() -> str:
     )
 
 
+def require_torch(version: str) -> None:
+    """Ends the build where this version is older than what pyproject.toml asks for."""
+    project = (ROOT / "pyproject.toml").read_text()
+    (oldest,) = re.findall(r'^dependencies = \["torch>=([\d.]+)"\]$', project, re.MULTILINE)
+    if [int(n) for n in re.findall(r"\d+", version)[:2]] < [int(n) for n in oldest.split(".")]:
+        fail(f"torch {version} is installed; fastsn needs {oldest} or newer")
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that describe the compiled part."""
     compiler = require_compiler()
     try:
         import torch
+
+        require_torch(torch.__version__)
         from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError as error:
         fail(
@@ -147,10 +190,18 @@ def extension_arguments() -> dict:
     nvcc = find_nvcc()
     try:
         cuda = decide_cuda(os.environ.get("FASTSN_CUDA"), nvcc)
-        architectures = cuda_architectures(os.environ.get("FASTSN_CUDA_ARCHITECTURES"))
+        wish = os.environ.get("FASTSN_CUDA_ARCHITECTURES")
+        architectures = cuda_architectures(wish, nvcc if cuda.build else None)
     except ValueError as error:
         fail(str(error))
-    built = f"built for sm_{', sm_'.join(architectures)}" if cuda.build else "not built"
+    portable = portable_architecture(architectures)
+    built = "not built"
+    if cuda.build:
+        built = "built for " + ", ".join(f"sm_{one}" for one in architectures)
+        built += f", PTX of compute_{portable}" if portable else ", no PTX"
+        unknown = [f"sm_{one}" for one in CUDA_ARCHITECTURES if one not in architectures]
+        if unknown and not (wish and wish.strip()):
+            built += f", without {', '.join(unknown)}, of which this nvcc does not know"
     print(f"fastsn: CPU kernels: built with {compiler} against torch {torch.__version__}")
     print(f"fastsn: CUDA kernels: {built} ({cuda.reason})", flush=True)
 
@@ -171,7 +222,9 @@ def extension_arguments() -> dict:
         define_macros=[
             ("FASTSN_TORCH_VERSION", f'"{torch.__version__}"'),
             ("FASTSN_CUDA_REASON", f'"{cuda.reason}"'),
-            ("FASTSN_CUDA_ARCHITECTURES", f'"{" ".join(architectures) if cuda.build else ""}"'),
+            ("FASTSN_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"'),
+            ("FASTSN_CUDA_PTX", f'"{portable or ""}"'),
+            *([("FASTSN_CUDA", None)] if cuda.build else []),
         ],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp"],

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cuda/versions.h"
 #include "ops.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -63,6 +64,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_reason") = FASTSN_CUDA_REASON;
   m.attr("cuda_architectures") = FASTSN_CUDA_ARCHITECTURES;  // none: no CUDA kernels
+  m.attr("cuda_ptx") = FASTSN_CUDA_PTX;                      // none: no portable code
+#ifdef FASTSN_CUDA
+  m.def("cuda_versions", &fastsn::cuda::versions);
+#endif
   m.def("cpu_capability", &fastsn::cpu_capability);
   m.def("normalize", &normalize);
   m.def("versions", &versions);

@@ -9,8 +9,12 @@ torch_version: str
 compiler: str
 cuda_reason: str
 cuda_architectures: str
+cuda_ptx: str
 
 def cpu_capability() -> str: ...
+def cuda_versions() -> tuple[int, int]:
+    """The newest CUDA that the driver knows, 0 without one, and that of the runtime linked in."""
+
 def normalize(
     weights: Sequence[Tensor],
     u: Sequence[Tensor],

@@ -40,6 +40,7 @@ def setup_module_of_project():
 
 build = setup_module_of_project()
 nvcc = build.find_nvcc()
+ARCHITECTURES = build.cuda_architectures(None, nvcc)
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="needs nvcc, under CUDA_HOME or on PATH")
 
 
@@ -105,7 +106,7 @@ def command() -> list[str]:
     known = [path.read_text() for path in build.CUDA_OBJECTS.glob("*.ptxas")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTSN_WERROR", "1" if any(" -Werror " in x for x in known) else "0")
-        return build.nvcc_command(nvcc, build.CUDA_ARCHITECTURES)
+        return build.nvcc_command(nvcc, ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ class TestKernels:
         assert [path.stat().st_mtime_ns for path in objects] == before
         assert capfd.readouterr().out == ""
 
-    @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_every_kernel_is_there(self, compiled, architecture):
         own = [report.kernel for report in compiled if report.architecture == architecture]
         wanted = expected_kernels()
@@ -143,7 +144,7 @@ class TestKernels:
         assert len(ones) == len(wanted) - len(many) // 2
         assert not any(kernel.item_bytes for kernel in ones)
 
-    @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
     @pytest.mark.parametrize("name", KERNELS)
     def test_registers_suffice(self, compiled, name, architecture):
         own = [r for r in compiled if (r.kernel.name, r.architecture) == (name, architecture)]
@@ -151,7 +152,7 @@ class TestKernels:
         for report in own:
             assert report.registers * THREADS[name] * BLOCKS.get(name, 1) <= REGISTERS, report
             if "d" in report.kernel.types:
-                assert report.spills <= 16 and report.stack <= 16, report
+                assert report.spills <= 24 and report.stack <= 16, report
             else:
                 assert report.spills == 0 and report.stack == 0, report
 
@@ -167,7 +168,7 @@ def instructions(tmp_path_factory) -> dict[str, str]:
     found = {}
     for source in sorted(SOURCES.glob("*.cu")):
         out = tmp_path_factory.mktemp("ptx") / f"{source.stem}.ptx"
-        wanted = f"-arch=compute_{build.CUDA_ARCHITECTURES[0]}"
+        wanted = f"-arch=compute_{ARCHITECTURES[0]}"
         subprocess.run([nvcc, "-std=c++17", "-O3", "--ptx", wanted, source, "-o", out], check=True)
         for part in re.split(r"\.entry ", out.read_text())[1:]:
             found[part[: part.index("(")]] = part
@@ -281,8 +282,8 @@ class TestExtension:
         portable = re.findall(r"\.sm_(\w+)\.ptx", output_of(tool, "--list-ptx", self.library))
         files = len(list(SOURCES.glob("*.cu")))
         assert sorted(code) == sorted(BUILT * files)
-        # Whatever comes later compiles this.
-        assert portable == BUILT[:1] * files
+        # For a driver to compile where there is no machine code.
+        assert portable == fastsn.ops._C.cuda_ptx.split() * files
 
     def test_needs_no_cuda_to_be_imported(self):
         needed = re.findall(

@@ -119,7 +119,7 @@ def test_fresh_machine(checkout: Checkout) -> None:
 
 
 def test_torch_can_be_chosen(checkout: Checkout) -> None:
-    assert "-m pip install torch>=2.6" in checkout.make("build", "TORCH=torch>=2.6")
+    assert "-m pip install torch>=2.12" in checkout.make("build", "TORCH=torch>=2.12")
 
 
 def test_existing_environment_installs_nothing(checkout: Checkout) -> None:

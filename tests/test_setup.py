@@ -25,12 +25,12 @@ def build():
 
 @pytest.fixture
 def tool(tmp_path):
-    """Makes a program of a given name in a folder of its own; returns the folder."""
+    """Makes a program of a given name, and what it prints, in a folder; returns the folder."""
 
-    def make(name: str, folder: str = "tools") -> Path:
+    def make(name: str, folder: str = "tools", prints: str = "") -> Path:
         path = tmp_path / folder / name
         path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text("#!/bin/sh\n")
+        path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
         path.chmod(0o755)
         return path.parent
 
@@ -84,40 +84,99 @@ def test_nvcc_is_looked_for_under_cuda_home_alone_if_that_is_set(build, tool, mo
     assert build.find_nvcc() is None
 
 
+@pytest.fixture
+def knowing(tool):
+    """The path of an nvcc that knows the given architectures."""
+
+    def make(*architectures: str) -> str:
+        codes = "".join(f"sm_{one}\\n" for one in architectures)
+        return str(tool("nvcc", "cuda/bin", prints=codes) / "nvcc")
+
+    return make
+
+
+RECENT = ("75", "80", "86", "90", "100", "103", "120")
+
+
 @pytest.mark.parametrize(
     "wish, expected",
     [("90", ("90",)), ("80 90a", ("80", "90a")), ("80,100f", ("80", "100f")), (" 80 ", ("80",))],
 )
-def test_architectures_that_are_asked_for(build, wish, expected):
-    assert build.cuda_architectures(wish) == expected
+def test_architectures_that_are_asked_for(build, knowing, wish, expected):
+    assert build.cuda_architectures(wish, knowing(*RECENT)) == expected
+    assert build.cuda_architectures(wish, None) == ()
 
 
 @pytest.mark.parametrize("wish", [None, "", " "])
-def test_usual_architectures(build, wish):
-    assert build.cuda_architectures(wish) == build.CUDA_ARCHITECTURES == ("80", "90", "100")
+@pytest.mark.parametrize(
+    "known, expected",
+    [
+        (RECENT, ("80", "90", "100", "120")),
+        (("75", "80", "86", "90"), ("80", "90")),
+        (("100", "110", "120", "130"), ("100", "120")),
+    ],
+)
+def test_usual_architectures_as_far_as_nvcc_knows_them(build, knowing, wish, known, expected):
+    assert build.CUDA_ARCHITECTURES == ("80", "90", "100", "120")
+    assert build.cuda_architectures(wish, knowing(*known)) == expected
 
 
 @pytest.mark.parametrize("wish", ["sm_80", "8.0", "80;90", "all", "80 native", "90b"])
 def test_architectures_of_another_kind(build, wish):
     with pytest.raises(ValueError, match="FASTSN_CUDA_ARCHITECTURES must be like '80 90', got "):
-        build.cuda_architectures(wish)
+        build.cuda_architectures(wish, None)
 
 
-def test_nvcc_makes_machine_code_for_each_and_portable_code_of_the_first(build, monkeypatch):
+@pytest.mark.parametrize(
+    "wish, known, message",
+    [
+        ("80 130", ("80", "90"), r"ARCHITECTURES='80 130' .* knows 80 130, got .*, .* knows 80 90"),
+        ("80a", ("90",), r"ARCHITECTURES='80a' needs an nvcc that knows 80a, got .*knows 90"),
+        (None, ("50", "75"), r"fastsn needs an nvcc that knows 80 90 100 120, got .*knows 50 75"),
+        (None, (), r"fastsn needs an nvcc that knows 80 90 100 120, got .*knows none"),
+    ],
+)
+def test_architectures_that_nvcc_does_not_know(build, knowing, wish, known, message):
+    with pytest.raises(ValueError, match=message):
+        build.cuda_architectures(wish, knowing(*known))
+
+
+@pytest.mark.parametrize(
+    "architectures, expected",
+    [
+        ("80 90 100 120", "100"),  # 11.0 is between
+        ("80 90", "90"),
+        ("90", "90"),
+        ("80 86 89 90 100 103", "103"),
+        ("100 90 80", "100"),
+        ("80 120", "80"),
+        ("75 86 90", "75"),  # 8.0 is between
+        ("90 103", "90"),
+        ("80 90a", "80"),
+        ("90a 100f", None),
+    ],
+)
+def test_portable_code_leaves_out_no_later_gpu(build, architectures, expected):
+    assert build.portable_architecture(tuple(architectures.split())) == expected
+
+
+def test_nvcc_makes_machine_code_for_each_and_portable_code_of_one(build, monkeypatch):
     monkeypatch.delenv("FASTSN_WERROR", raising=False)
-    command = build.nvcc_command("/cuda/bin/nvcc", ("80", "90a"))
+    command = build.nvcc_command("/cuda/bin/nvcc", ("80", "90", "90a"))
     assert command[0] == "/cuda/bin/nvcc"
     assert [word for word in command if word.startswith("-gencode")] == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90,code=compute_90",
     ]
     assert "-O3" in command and not any("fast" in word for word in command)
     assert "-Werror" not in command
     monkeypatch.setenv("FASTSN_WERROR", "1")
-    assert build.nvcc_command("/cuda/bin/nvcc", ("80", "90a")) == [
+    assert build.nvcc_command("/cuda/bin/nvcc", ("80", "90", "90a")) == [
         *command, "-Werror", "all-warnings",
     ]  # fmt: skip
+    assert not any("code=compute" in word for word in build.nvcc_command("nvcc", ("90a",)))
 
 
 class Nvcc:
@@ -267,6 +326,27 @@ def test_old_setuptools_can_read_the_project():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
+def oldest_torch() -> str:
+    """That which pyproject.toml asks for, to build and to run."""
+    (one, other) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert one == other
+    return one
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "2.10.0a0+git1234", "1.13.1"])
+def test_older_torch_is_one_clear_line(build, version):
+    with pytest.raises(SystemExit) as caught:
+        build.require_torch(version)
+    assert str(caught.value) == (
+        f"fastsn: error: torch {version} is installed; fastsn needs {oldest_torch()} or newer"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.11.0+cpu", "2.14.1+cu130", "2.100.0", "3.0.0a0"])
+def test_torch_that_is_new_enough(build, version):
+    build.require_torch(version)
+
+
 # The extension
 
 
@@ -299,9 +379,10 @@ def test_binary_is_portable(arguments):
 
 
 @pytest.mark.parametrize("with_cuda", [False, True])
-def test_every_source_is_compiled(arguments, tool, with_cuda):
+def test_every_source_is_compiled(arguments, knowing, with_cuda):
     if with_cuda:
-        (extension,) = arguments(CUDA_HOME=str(tool("nvcc", "cuda/bin").parent))["ext_modules"]
+        home = str(Path(knowing(*RECENT)).parents[1])
+        (extension,) = arguments(CUDA_HOME=home)["ext_modules"]
     else:
         (extension,) = arguments(FASTSN_CUDA="0")["ext_modules"]
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
@@ -325,16 +406,39 @@ def test_build_says_what_it_decided(arguments, capsys):
     assert "CUDA kernels: not built (FASTSN_CUDA=0)" in output
 
 
-def test_build_says_for_what_it_compiles(arguments, tool, capsys):
-    home = str(tool("nvcc", "cuda/bin").parent)
-    (extension,) = arguments(CUDA_HOME=home)["ext_modules"]
-    assert "CUDA kernels: built for sm_80, sm_90, sm_100 (nvcc found" in capsys.readouterr().out
-    assert ("FASTSN_CUDA_ARCHITECTURES", '"80 90 100"') in extension.define_macros
-    (extension,) = arguments(CUDA_HOME=home, FASTSN_CUDA_ARCHITECTURES="90")["ext_modules"]
-    assert "CUDA kernels: built for sm_90 (nvcc found" in capsys.readouterr().out
-    assert ("FASTSN_CUDA_ARCHITECTURES", '"90"') in extension.define_macros
-    (extension,) = arguments(FASTSN_CUDA="0")["ext_modules"]
-    assert ("FASTSN_CUDA_ARCHITECTURES", '""') in extension.define_macros
+@pytest.mark.parametrize(
+    "wish, known, said, machine, portable",
+    [
+        ("", RECENT, "sm_80, sm_90, sm_100, sm_120, PTX of compute_100", "80 90 100 120", "100"),
+        ("90", RECENT, "sm_90, PTX of compute_90", "90", "90"),
+        ("90a", RECENT, "sm_90a, no PTX", "90a", ""),
+        (
+            "",
+            ("80", "90"),
+            "sm_80, sm_90, PTX of compute_90, without sm_100, sm_120, of which this nvcc does not "
+            "know",
+            "80 90",
+            "90",
+        ),
+    ],
+)
+def test_build_says_for_what_it_compiles(
+    arguments, knowing, capsys, wish, known, said, machine, portable
+):
+    home = str(Path(knowing(*known)).parents[1])
+    (extension,) = arguments(CUDA_HOME=home, FASTSN_CUDA_ARCHITECTURES=wish)["ext_modules"]
+    assert f"CUDA kernels: built for {said} (nvcc found" in capsys.readouterr().out
+    macros = dict(extension.define_macros)
+    assert macros["FASTSN_CUDA_ARCHITECTURES"] == f'"{machine}"'
+    assert macros["FASTSN_CUDA_PTX"] == f'"{portable}"'
+    assert "FASTSN_CUDA" in macros
+
+
+def test_extension_without_cuda_knows_it(arguments):
+    (extension,) = arguments(FASTSN_CUDA="0", FASTSN_CUDA_ARCHITECTURES="90")["ext_modules"]
+    macros = dict(extension.define_macros)
+    assert macros["FASTSN_CUDA_ARCHITECTURES"] == macros["FASTSN_CUDA_PTX"] == '""'
+    assert "FASTSN_CUDA" not in macros
 
 
 def test_bad_cuda_wish_ends_the_build(arguments):
@@ -342,6 +446,12 @@ def test_bad_cuda_wish_ends_the_build(arguments):
         arguments(FASTSN_CUDA="maybe")
     with pytest.raises(SystemExit, match="^fastsn: error: FASTSN_CUDA_ARCHITECTURES must be like"):
         arguments(FASTSN_CUDA="0", FASTSN_CUDA_ARCHITECTURES="sm_80")
+
+
+def test_nvcc_that_knows_too_little_ends_the_build(arguments, knowing):
+    home = str(Path(knowing("50")).parents[1])
+    with pytest.raises(SystemExit, match="^fastsn: error: fastsn needs an nvcc that knows 80 90"):
+        arguments(CUDA_HOME=home)
 
 
 # As a user sees it
@@ -378,3 +488,13 @@ def test_no_torch_is_one_clear_line(tool, tmp_path):
     line = fails_with(environment)
     assert line.startswith("fastsn: error: torch could not be imported")
     assert "pip install --no-build-isolation" in line
+
+
+def test_old_torch_is_one_clear_line(tool, tmp_path):
+    """Whatever else of it cannot be imported."""
+    (tmp_path / "torch.py").write_text("__version__ = '2.6.0+cu124'\n")
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"}
+    environment |= {"PATH": str(tool("c++")), "PYTHONPATH": str(tmp_path)}
+    assert fails_with(environment) == (
+        f"fastsn: error: torch 2.6.0+cu124 is installed; fastsn needs {oldest_torch()} or newer"
+    )

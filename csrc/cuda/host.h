@@ -36,7 +36,9 @@ inline Where where(const at::Device& device) {
 }
 
 inline void check(const char* error, const char* phase) {
-  TORCH_CHECK(error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error);
+  TORCH_CHECK(
+      error == nullptr, "fastsn: CUDA kernel '", phase, "' was not launched: ", error,
+      ". `python -m fastsn info` tells on which GPUs it can run");
 }
 
 inline bool is_aligned(const at::Tensor& tensor) {
