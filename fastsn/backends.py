@@ -1,8 +1,9 @@
 """Which implementation of the operators serves a call.
 
 Every back-end has the functions of :mod:`fastsn.reference`, the same names and the same arguments.
-The compiled ones stand behind the operators :mod:`fastsn.ops`, one for each kind of device; the
-Triton kernels take the place of a compiled one where there is none, or when they are asked for.
+The compiled ones stand behind the operators :mod:`fastsn.ops`, one for each kind of device. The
+Triton kernels take the place of a compiled one when they are asked for, and on GPUs where there is
+none that can run on any of them; beside GPUs that it serves, the reference serves the others.
 ``"auto"`` takes the first of ``NAMES`` that can serve; :func:`use_backend` or the environment
 variable ``FASTSN_BACKEND`` forces one, and then a call that it cannot serve raises.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastsn import ops, reference
+from fastsn import cuda, ops, reference
 from fastsn import triton as triton_kernels
 
 NAMES = ("cpp", "cuda", "triton", "reference")
@@ -30,19 +31,12 @@ _forced = "auto"
 def why_not(name: str) -> str | None:
     """Why the back-end cannot run in this process at all, or None if it can."""
     if name == "cuda":
-        if not torch.cuda.is_available():
-            return _cuda_missing() or f"torch {torch.__version__} finds no CUDA device"
-        return _cuda_missing()
+        reason = cuda.why_not()
+        if reason is None and not torch.cuda.is_available():
+            return f"torch {torch.__version__} finds no CUDA device"
+        return reason
     if name == "triton":
         return triton_kernels.why_not()
-    return None
-
-
-def _cuda_missing() -> str | None:
-    if not ops._C.cuda_architectures:
-        return f"CUDA kernels were not built: {ops._C.cuda_reason}"
-    if torch.version.hip is not None:
-        return f"torch {torch.__version__} is for AMD GPUs"
     return None
 
 
@@ -56,10 +50,13 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
         return f"it runs on the CPU, the weights are on {weight.device}"
     if name == "cuda" and device != "cuda":
         return f"it runs on CUDA devices, the weights are on {weight.device}"
-    if name == "cuda" and (missing := _cuda_missing()):
-        return missing
-    if name == "triton" and not triton_kernels.serves(weight.device):
-        return why_not(name) or f"it does not run on {weight.device}, where the weights are"
+    if name == "cuda" and (reason := cuda.why_not_on(weight.device)):
+        return reason
+    if name == "triton":
+        if not triton_kernels.serves(weight.device):
+            return why_not(name) or f"it does not run on {weight.device}, where the weights are"
+        if _forced == "auto" and device == "cuda" and cuda.are_mixed():
+            return "compiled kernels serve other GPUs"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode differentiation need the reference"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the flag alone costs more
@@ -128,8 +125,19 @@ class _TritonKernels:
 
 
 # Where no compiled ones serve GPUs. Nothing of Triton is imported until they are called.
-_standing_in = _TritonKernels("CUDA") if _cuda_missing() else None
+_standing_in: _TritonKernels | None = None
 _overriding: _TritonKernels | None = None
+
+
+def _cuda_starts() -> None:
+    global _standing_in
+    cuda.ask()
+    if cuda.why_not():
+        _standing_in = _TritonKernels("CUDA")
+
+
+# Before the first tensor is on a GPU: the choice costs its calls nothing, whoever makes them.
+torch.cuda._lazy_call(_cuda_starts)
 
 
 def _force(name: str) -> None:

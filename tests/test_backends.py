@@ -143,6 +143,7 @@ def test_reasons_name_what_is_missing(monkeypatch):
     monkeypatch.setattr(ops._C, "cuda_architectures", "")
     assert backends.why_not("cuda").startswith("CUDA kernels were not built: ")
     monkeypatch.setattr(ops._C, "cuda_architectures", "90")
+    monkeypatch.setattr(ops._C, "cuda_versions", lambda: (13000, 13000), raising=False)
     assert "finds no CUDA device" in backends.why_not("cuda")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "is for AMD GPUs" in backends.why_not("cuda")
