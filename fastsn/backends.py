@@ -55,7 +55,7 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
     if name == "triton":
         if not triton_kernels.serves(weight.device):
             return why_not(name) or f"it does not run on {weight.device}, where the weights are"
-        if _forced == "auto" and device == "cuda" and cuda.why_not() is None:
+        if _forced == "auto" and device == "cuda" and cuda.are_mixed():
             return "compiled kernels serve other GPUs"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode differentiation need the reference"

@@ -33,6 +33,11 @@ def why_not_on(device: torch.device) -> str | None:
     return _missing()
 
 
+def are_mixed() -> bool:
+    """Whether some GPUs of this process can run the kernels and others cannot."""
+    return len(set(map(bool, _refusals.values()))) == 2
+
+
 def refusals() -> dict[int, str]:
     """Why the kernels cannot run, by the index of each GPU where they cannot."""
     return {index: reason for index, reason in _refusals.items() if reason}
