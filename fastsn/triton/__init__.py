@@ -1,6 +1,6 @@
 """The operators in Triton, for GPUs.
 
-It serves NVIDIA GPUs where fastsn was built without nvcc, AMD GPUs and, in Triton's interpreter
+It serves NVIDIA GPUs where the compiled ones cannot run, AMD GPUs and, in Triton's interpreter
 (``TRITON_INTERPRET=1`` before Triton is imported), tensors on the CPU. The functions are those of
 :mod:`fastsn.reference`, below autograd. Triton itself is imported by the first of them in use.
 """
