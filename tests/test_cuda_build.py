@@ -30,8 +30,8 @@ THREADS = {name: 256 for name in KERNELS} | {"finish": 512, "normalize": 512, "m
 BLOCKS = {"patch_sums": 3, "gradient": 2}
 #: What a multiprocessor has.
 REGISTERS, STATIC_SHARED = 64 * 1024, 48 * 1024
-#: That which the kernels are tuned for, and bytes of a thread that may be left in memory: none there,
-#: of fp64 and on other architectures the few of a compiler's choice.
+#: That which the kernels are tuned for, and bytes of a thread that may be left in memory: none
+#: there, of fp64 and on other architectures the few of a compiler's choice.
 MEASURED = "90"
 SPILLED = {False: 0, True: 32}
 
