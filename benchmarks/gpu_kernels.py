@@ -33,8 +33,8 @@ from benchmarks.gpu_weights import FASTSN, MODES, Mode, Subject, weight_bytes
 from benchmarks.harness import Plan
 from benchmarks.networks import NETWORKS, QUICK_NETWORKS
 
-#: How often the bytes of all weights pass: W read; W read, the result written; G and W read; G read,
-#: the gradient written. Vectors and partial sums come on top. Other kernels move little.
+#: How often the bytes of all weights pass: W read; W read, the result written; G and W read; G
+#: read, the gradient written. Vectors and partial sums come on top. Other kernels move little.
 PASSES = {"multiply": 1, "scale": 2, "product": 2, "gradient": 2}
 #: Seconds that the host needs at most to issue what is timed.
 HOST = 1e-3
