@@ -5,9 +5,11 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 // The operators on weights: from tensors to descriptors.
 namespace fastsn::cuda {
@@ -216,51 +218,67 @@ bool has_kernel(at::ScalarType weight, at::ScalarType other) {
       (weight == at::kFloat && (other == at::kBFloat16 || other == at::kHalf));
 }
 
-// What at::empty_like makes of a dense tensor, without the dispatcher's share of its time.
-at::Tensor result_like(const at::Tensor& tensor, at::ScalarType type) {
-  const auto device = tensor.device().type();
-  const c10::DispatchKeySet keys(c10::computeDispatchKey(type, at::kStrided, tensor.device()));
-  return at::detail::empty_strided_generic(
-      tensor.sizes(), tensor.strides(), c10::GetAllocator(device), keys, type);
-}
+// Makes what at::empty_like makes of dense tensors, but only the first through the dispatcher,
+// whose work takes most of the time. That one tells which allocator torch uses at present: it can
+// be replaced, and the one that is registered for a device is then not even set up.
+class Results {
+ public:
+  explicit Results(size_t count) { made_.reserve(count); }
+
+  const at::Tensor& add(const at::Tensor& like, at::ScalarType type) {
+    if (made_.empty()) {
+      made_.push_back(at::empty_like(like, like.options().dtype(type)));
+    } else {
+      const auto& first = made_.front();
+      const c10::DispatchKeySet keys(c10::computeDispatchKey(type, at::kStrided, first.device()));
+      made_.push_back(
+          at::detail::empty_strided_generic(
+              like.sizes(), like.strides(), first.storage().allocator(), keys, type));
+    }
+    return made_.back();
+  }
+
+  std::vector<at::Tensor> take() { return std::move(made_); }
+
+ private:
+  std::vector<at::Tensor> made_;
+};
 
 std::vector<at::Tensor> run_scale(
     at::TensorList weights, const at::Tensor& snapshot, const Estimates& estimates,
     at::ArrayRef<double> scales, bool bound, bool zero_guard, std::optional<at::ScalarType> dtype) {
-  std::vector<at::Tensor> out;
+  Results results(weights.size());
   std::vector<ScaleItem> items(weights.size());
   std::vector<Types> types(weights.size());
-  out.reserve(weights.size());
   for (size_t l = 0; l < weights.size(); ++l) {
     const auto& weight = weights[l];
     const int64_t first = estimates.first_of_layer[l];
-    out.push_back(result_like(weight, dtype.value_or(weight.scalar_type())));
-    types[l] = {type_of(weight.scalar_type()), type_of(out[l].scalar_type())};
+    const auto& out = results.add(weight, dtype.value_or(weight.scalar_type()));
+    types[l] = {type_of(weight.scalar_type()), type_of(out.scalar_type())};
     auto& item = items[l];
     item.weight = weight.const_data_ptr();
-    item.out = out[l].mutable_data_ptr();
+    item.out = out.mutable_data_ptr();
     item.numel = weight.numel();
     item.sigma = estimates.items[first].sigma;
     item.scale = scales[l];
     item.estimates = static_cast<int32_t>(estimates.first_of_layer[l + 1] - first);
-    item.vectorized = is_aligned(weight) && is_aligned(out[l]);
+    item.vectorized = is_aligned(weight) && is_aligned(out);
   }
   const ScaleCall call{snapshot.const_data_ptr(), nullptr, bound, zero_guard};
   const auto place = where(snapshot.device());
   for_each_type(items, types, [&](Types own, const ScaleItem* some, int64_t n) {
     check(scale(place, own.weight, own.other, some, n, call), "scale");
   });
-  return out;
+  return results.take();
 }
 
 std::vector<at::Tensor> run_backward(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     const Estimates& estimates, at::ArrayRef<double> scales, bool bound, bool zero_guard) {
-  std::vector<at::Tensor> out;
+  Results results(weights.size());
   std::vector<at::Tensor> strided;
   std::vector<BackwardItem> items(weights.size());
   std::vector<Types> types(weights.size());
-  out.reserve(weights.size());
   strided.reserve(weights.size());
   Places places;
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -270,13 +288,13 @@ std::vector<at::Tensor> run_backward(
     TORCH_CHECK(
         count <= kMaxEstimates, "fastsn: on a GPU a weight may have up to ", kMaxEstimates,
         " estimates, got ", count);
-    out.push_back(result_like(weight, weight.scalar_type()));
+    const auto& out = results.add(weight, weight.scalar_type());
     strided.push_back(with_strides_of(grads[l], weight));
     types[l] = {type_of(weight.scalar_type()), type_of(strided[l].scalar_type())};
     auto& item = items[l];
     item.grad = strided[l].const_data_ptr();
     item.weight = weight.const_data_ptr();
-    item.out = out[l].mutable_data_ptr();
+    item.out = out.mutable_data_ptr();
     item.numel = weight.numel();
     item.sigma = estimates.items[first].sigma;
     item.scale = scales[l];
@@ -284,7 +302,7 @@ std::vector<at::Tensor> run_backward(
     item.products = static_cast<int32_t>(ceil_div(item.numel, item.tile));
     item.product = places.take(item.products);
     item.estimates = static_cast<int32_t>(count);
-    item.vectorized = is_aligned(weight) && is_aligned(out[l]) && is_aligned(strided[l]);
+    item.vectorized = is_aligned(weight) && is_aligned(out) && is_aligned(strided[l]);
     for (int64_t k = 0; k < count; ++k) {
       const auto& estimate = estimates.items[first + k];
       auto& outer = item.outers[k];
@@ -305,7 +323,7 @@ std::vector<at::Tensor> run_backward(
     check(product(place, own.weight, own.other, some, n, call), "product");
     check(gradient(place, own.weight, own.other, some, n, call), "gradient");
   });
-  return out;
+  return results.take();
 }
 
 }  // namespace
