@@ -118,6 +118,46 @@ def test_vectors_stay_without_iterations(cuda):
     assert all(map(torch.equal, live.u + live.v, before.u + before.v))
 
 
+# Vectors
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("size, eps", [(0.0, 1e-20), (1e-21, 1e-30), (1e-21, 1e-12), (0.0, 1e-39)])
+def test_norms_below_the_least_inverse(size, eps, v_first, cuda):
+    """What vectors are divided by can be so small that its inverse is no number."""
+    weights = [size * random(6, 5), size * random(20_000, 3)]
+    call = make_call(weights, eps=eps, v_first=v_first)
+    for vector in (*call.u, *call.v):
+        torch.nn.init.normal_(vector, std=len(vector) ** -0.5)
+    expected = call.copy(torch.float64)
+    call.power(cuda)
+    expected.power(reference)
+    # Squares of the least numbers have few digits.
+    for actual, exact in zip(call.u + call.v, expected.u + expected.v, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=0.01 * exact.abs().max())
+
+
+def test_memory_that_vectors_share_until_they_are_written(cuda):
+    call = make_call([random(4, 3)])
+    before = call.copy()
+    call = replace(call, u=[torch._lazy_clone(x) for x in before.u])
+    expected = before.copy()
+    expected.power(reference)
+    given = before.u[0].clone()
+    call.power(cuda)
+    assert torch.equal(before.u[0], given)
+    torch.testing.assert_close(call.u, expected.u)
+
+
+def test_fewer_than_no_iterations(cuda):
+    """Are none, as elsewhere."""
+    call = make_call([random(4, 3)], iterations=[-1])
+    before = call.copy()
+    snapshot = call.power(cuda)
+    assert all(map(torch.equal, call.u + call.v, before.u + before.v))
+    torch.testing.assert_close(snapshot, before.power(reference))
+
+
 # Copies
 
 

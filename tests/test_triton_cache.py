@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from fastsn.triton.cache import Cache
+from fastsn.triton.cache import Cache, apart
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -133,3 +136,32 @@ def test_a_captured_stream_waits_for_nothing(gpu):
     gpu.stream, gpu.is_capturing = Stream(), True
     assert cache.get("table", GPU) is table
     assert gpu.stream.waited == [] and table.streams == []
+
+
+def test_what_is_kept_is_made_by_a_thread_of_its_own(gpu, monkeypatch):
+    """On the stream of this one, but not in the pool into which this one may be allocating."""
+    entered = []
+
+    @contextmanager
+    def use(stream):
+        entered.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    assert apart(GPU, threading.current_thread) is not threading.current_thread()
+    assert entered == [gpu.stream]
+    assert apart(CPU, threading.current_thread) is threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        apart(GPU, lambda: 1 // 0)
+
+
+def test_an_earlier_capture_keeps_its_table(gpu):
+    """Another entry for the same key does not take its place."""
+    cache: Cache = Cache(3)
+    first = add(cache, "key")
+    gpu.is_capturing = True
+    assert cache.get("key", GPU) is first
+    gpu.is_capturing = False
+    second = add(cache, "key")
+    gpu.is_capturing = True
+    assert cache.get("key", GPU) is first is not second

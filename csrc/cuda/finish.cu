@@ -5,12 +5,14 @@
 namespace fastsn::cuda {
 namespace {
 
-// What makes new vectors of the two products; in the workspace at `norms` of an item whose vectors
-// many blocks normalize.
+// What the products are divided by for the new vectors, the second one by both of them: their
+// product could be too small a number, and so could what they are divided into if it were
+// multiplied with their inverses. In the workspace at `norms` of an item whose vectors many blocks
+// normalize.
 template <typename Acc>
 struct Norms {
-  Acc first_scale;
-  Acc second_scale;
+  Acc first;
+  Acc second;
   Acc moves;  // 0: the vectors stay as they are
 };
 static_assert(sizeof(Norms<float>) == kNormNumel * sizeof(float));
@@ -51,7 +53,7 @@ __device__ __forceinline__ void write_vectors(
     const PowerItem& item, const Power<Acc>& call, const Norms<Acc>& norms, int64_t begin,
     int64_t end) {
   const bool unit_first = item.cut.unit_first;
-  const auto write = [&](const Vector& vector, bool of_members, const Acc* product, Acc scale,
+  const auto write = [&](const Vector& vector, bool of_members, const Acc* product, Acc divisor,
                          int64_t length, int64_t from) {
     Acc* const live = static_cast<Acc*>(vector.live);
     Acc* const snapshot = call.snapshot + vector.snapshot;
@@ -59,7 +61,7 @@ __device__ __forceinline__ void write_vectors(
     if (norms.moves != 0) {
       with_positions(item.matrix, of_members, [&](const auto& position) {
         for_each(first, end - from, length, [&](int k) {
-          const Acc value = __ldcg(product + k) * scale;
+          const Acc value = __ldcg(product + k) / norms.first / divisor;
           const int at = position(k);
           snapshot[at] = value;
           live[at] = value;
@@ -72,22 +74,22 @@ __device__ __forceinline__ void write_vectors(
   const int64_t first_length = unit_first ? item.matrix.members : unit_length(item.matrix);
   const int64_t second_length = unit_first ? unit_length(item.matrix) : item.matrix.members;
   write(
-      unit_first ? item.member : item.unit, unit_first, call.workspace + item.first,
-      norms.first_scale, first_length, 0);
+      unit_first ? item.member : item.unit, unit_first, call.workspace + item.first, Acc(1),
+      first_length, 0);
   write(
-      unit_first ? item.unit : item.member, !unit_first, call.workspace + item.second,
-      norms.second_scale, second_length, first_length);
+      unit_first ? item.unit : item.member, !unit_first, call.workspace + item.second, norms.second,
+      second_length, first_length);
 }
 
 // sigma, and what the vectors are multiplied with, when all blocks of an item have added up.
 template <typename Acc>
 __device__ __forceinline__ Norms<Acc> norms_of(
-    const PowerItem& item, const Power<Acc>& call, Acc first_squares, Acc first_scale) {
+    const PowerItem& item, const Power<Acc>& call, Acc first_squares, Acc first_norm) {
   if (item.only_estimate) {
     if (threadIdx.x == 0) {
       call.snapshot[item.sigma] = first_squares;
     }
-    return {0, 0, 0};
+    return {1, 1, 0};
   }
   const Acc norm = sqrt(sum_of(call.workspace + item.second_squares, reduce_blocks(item)));
   const Acc divisor = at_least(norm, call.eps);
@@ -96,7 +98,7 @@ __device__ __forceinline__ Norms<Acc> norms_of(
     call.snapshot[item.sigma] = sigma;
   }
   const bool moves = !(call.zero_guard && sigma == 0);
-  return {first_scale, first_scale * (1 / divisor), static_cast<Acc>(moves)};
+  return {first_norm, divisor, static_cast<Acc>(moves)};
 }
 
 // kPack consecutive columns of the summands' sum, over every kParts-th tile from `part` on. Where
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks<Acc>) finish_ker
   }
   // The blocks of an item all need this, and none waits for the others.
   const Acc first_squares = sum_of(call.workspace + item.first_squares, item.cut.tiles);
-  const Acc first_scale = 1 / at_least(sqrt(first_squares), call.eps);
+  const Acc first_norm = at_least(sqrt(first_squares), call.eps);
   const int64_t own = begin + threadIdx.x;
   Acc square = 0;
   if (threadIdx.x < kReduceChunk && own < length) {
@@ -195,7 +197,8 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks<Acc>) finish_ker
     }
     call.workspace[item.second + own] = total;
     // Of what will be normalized: the square of a product alone could be too large, or too small.
-    square = (total * first_scale) * (total * first_scale);
+    const Acc scaled = total / first_norm;
+    square = scaled * scaled;
   }
   const Acc squares = block_sum<kFinishThreads>(square);
   const int blocks = static_cast<int>(reduce_blocks(item));
@@ -212,13 +215,13 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks<Acc>) finish_ker
     return;
   }
   __threadfence();
-  const auto norms = norms_of(item, call, first_squares, first_scale);
+  const auto norms = norms_of(item, call, first_squares, first_norm);
   if (is_normalized_at_once(item)) {
     write_vectors(item, call, norms, 0, vector_length(item));
   } else if (threadIdx.x == 0) {
     Acc* const to = call.workspace + item.norms;
-    to[0] = norms.first_scale;
-    to[1] = norms.second_scale;
+    to[0] = norms.first;
+    to[1] = norms.second;
     to[2] = norms.moves;
   }
 }

@@ -53,8 +53,9 @@ at::Tensor usable(const at::Tensor& x, at::ScalarType accumulate) {
   return x.to(accumulate).contiguous();
 }
 
-Vector vector_of(const at::Tensor& x, int64_t snapshot) {
-  return {const_cast<void*>(x.const_data_ptr()), snapshot};
+// Only what is written gets memory of its own, where a tensor shares it until then.
+Vector vector_of(const at::Tensor& x, int64_t snapshot, bool is_written) {
+  return {is_written ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr()), snapshot};
 }
 
 // Hands out places in a workspace, each at the beginning of a pack.
@@ -136,12 +137,12 @@ at::Tensor power_(
     item.weight = weight.const_data_ptr();
     item.matrix = matrix_of(estimate.view);
     const bool members_are_columns = item.matrix.members_are_columns;
-    const auto u_vector = vector_of(us[e], estimate.u);
-    const auto v_vector = vector_of(vs[e], estimate.v);
+    item.only_estimate = n_power_iterations[estimate.layer] <= 0;
+    const auto u_vector = vector_of(us[e], estimate.u, !item.only_estimate);
+    const auto v_vector = vector_of(vs[e], estimate.v, !item.only_estimate);
     item.member = members_are_columns ? v_vector : u_vector;
     item.unit = members_are_columns ? u_vector : v_vector;
     item.sigma = estimate.sigma;
-    item.only_estimate = n_power_iterations[estimate.layer] == 0;
     const bool starts_with_v = v_first == estimate.first;  // v comes out first, u goes in
     const bool unit_first = !item.only_estimate && starts_with_v == members_are_columns;
     item.cut =

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -19,6 +20,25 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def apart(device: torch.device, make: Callable[[], T]) -> T:
+    """What ``make`` allocates on the current stream, for those who keep it.
+
+    A thread of its own makes it: this one may just be allocating into the pool of CUDA graphs of
+    somebody else (``torch.compile`` does, before it captures one), who takes what is kept there for
+    free.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def run() -> T:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
 @dataclass
 class Entry(Generic[T]):
     value: T
@@ -28,12 +48,13 @@ class Entry(Generic[T]):
 
     def join(self, device: torch.device) -> None:
         """Makes it safe to use on the current stream, which is not being captured."""
-        if self.written is not None and self.written.query():
-            self.written = None
+        written = self.written  # another thread may find out meanwhile
+        if written is not None and written.query():
+            self.written = written = None
         current = torch.cuda.current_stream(device)
         if current != self.stream:
-            if self.written is not None:
-                current.wait_event(self.written)
+            if written is not None:
+                current.wait_event(written)
             for x in self.tensors:
                 x.record_stream(current)
 
@@ -59,13 +80,11 @@ class Cache(Generic[T]):
         """The value of this key, for use on the current stream, or None where it cannot be had."""
         capturing = is_capturing(device)
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                entry = self._captured.get(key)
-            else:
-                self._entries.move_to_end(key)
+            entry = self._captured.get(key) or self._entries.get(key)
             if entry is None or (capturing and entry.written is not None):
                 return None
+            if key in self._entries:
+                self._entries.move_to_end(key)
             if capturing:
                 self._captured[key] = entry
         if device.type == "cuda" and not capturing:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs, kernels
-from fastsn.triton.cache import Cache, is_capturing
+from fastsn.triton.cache import Cache, apart, is_capturing
 from fastsn.triton.plan import (
     KEPT,
     FlatPlan,
@@ -37,31 +37,41 @@ def _bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
-def _pack(values: list[int], device: torch.device) -> Tensor:
-    """A table of them on the device, with nothing copied from the host."""
-    size = kernels.PACKED
-    values = values + [0] * (-len(values) % size)
-    table = torch.empty(len(values), dtype=torch.int64, device=device)
-    for first in range(0, len(values), size):
-        _launch(kernels.pack, 1, table, first, *values[first : first + size])
+def _empty_table(length: int, device: torch.device) -> Tensor:
+    length += -length % kernels.PACKED
+    return torch.empty(length, dtype=torch.int64, device=device)
+
+
+def _pack(values: list[int], table: Tensor) -> Tensor:
+    """The table, with these numbers in it, of which nothing is copied from the host."""
+    values = values + [0] * (len(table) - len(values))
+    for first in range(0, len(values), kernels.PACKED):
+        _launch(kernels.pack, 1, table, first, *values[first : first + kernels.PACKED])
     return table
 
 
 _tables: Cache[Tensor] = Cache(KEPT)
 
 
-def _table(values: list[int], device: torch.device) -> Tensor:
+def _kept_table(values: list[int], device: torch.device) -> Tensor:
     """Addresses and the like on the device, from an earlier call that packed the same ones.
 
-    Most are the same at every step of a training. Whose they are is nothing to the table.
+    Those of weights, u and v are the same at every step of a training, unlike those of results.
+    Whose they are is nothing to the table.
     """
     key = (device, *values)
     table = _tables.get(key, device)
     if table is None:
-        table = _pack(values, device)
-        if not is_capturing(device):
-            _tables.add(key, device, table, [table], is_written=False)
+        if is_capturing(device):
+            return _pack(values, _empty_table(len(values), device))
+        table = _pack(values, apart(device, lambda: _empty_table(len(values), device)))
+        _tables.add(key, device, table, [table], is_written=False)
     return table
+
+
+def _new_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The addresses of tensors that have just been made."""
+    return _pack([x.data_ptr() for x in tensors], _empty_table(len(tensors), device))
 
 
 def _as_dense(x: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ def power_(
             lambda: plan_power(dense, u, v, layers, dims, n_power_iterations, v_first),
         )
         held_u, held_v = ([_as_vector(x, accumulate) for x in side] for side in (u, v))
-        addresses = _table(
+        addresses = _kept_table(
             [_bits(eps), *(x.data_ptr() for own in (dense, held_u, held_v) for x in own)], device
         )
         snapshot = torch.empty(plan.snapshot_numel, dtype=accumulate, device=device)
@@ -234,8 +244,8 @@ def scale(
     with torch.cuda.device_of(dense[0]):
         plan = _flat_plan("RESULT", dense, signature, types, snapshot, layers, dims, scales)
         results = [torch.empty_like(w, dtype=t) for w, t in zip(dense, types, strict=True)]
-        addresses = _table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
-        others = _table([x.data_ptr() for x in results], device)
+        addresses = _kept_table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
+        others = _new_table(results, device)
         for first, count, constants in plan.launches:
             _launch(
                 kernels.scale, count, addresses, others, plan.layers, plan.layer_of_piece,
@@ -269,8 +279,8 @@ def scale_backward(
         types = [g.dtype for g in held]
         plan = _flat_plan("GRAD", dense, signature, types, snapshot, layers, dims, scales)
         results = [torch.empty_like(w) for w in dense]
-        addresses = _table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
-        others = _table([x.data_ptr() for x in (*held, *results)], device)
+        addresses = _kept_table([*map(_bits, scales), *(w.data_ptr() for w in dense)], device)
+        others = _new_table([*held, *results], device)
         workspace = torch.empty(plan.pieces, dtype=accumulate, device=device)
         for first, count, constants in plan.launches:
             _launch(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs
-from fastsn.triton.cache import Cache, is_capturing
+from fastsn.triton.cache import Cache, apart, is_capturing
 
 KEPT = 1024  # plans, and as many tables of addresses and checks of weights
 MAX_LENGTH = 2**30  # of u and v: kernels count along them in 32 bits
@@ -264,8 +264,9 @@ def plan_power(
     for e in sorted(range(len(layers)), key=lambda e: -steps[e]):
         view, dtype = estimates.views[e], weights[layers[e]].dtype
         first = e == 0 or layers[e - 1] != layers[e]
-        u_first = v_first != first or n_power_iterations[layers[e]] == 0
-        s_first = u_first == view.u_is_along_s or n_power_iterations[layers[e]] == 0
+        only_estimates = n_power_iterations[layers[e]] <= 0
+        u_first = v_first != first or only_estimates
+        s_first = u_first == view.u_is_along_s or only_estimates
         p, q = (view.s, view.f) if s_first else (view.f, view.s)
         vector = configs.vector_of(view.inner, dtype)
         tiles_of[e] = configs.tiles_of(p, q, s_first, dtype, vector)
@@ -277,14 +278,16 @@ def plan_power(
     launches: list[tuple[int, list[tuple[int, int]], dict[str, Any]]] = []
     for key, members in groups.items():
         constants = configs.product_constants(*key)
-        s_first = key[1]
+        _, s_first, _, vector = key
         begin, tiles = len(job_of_tile), []
         for e in members:
             view = estimates.views[e]
             p, q = (view.s, view.f) if s_first else (view.f, view.s)
             _, width, step = tiles_of[e]
-            if width and not s_first and view.inner <= step:
-                step += -step % view.inner  # whole units of memory
+            if width and not s_first:
+                step += -step % vector  # as kernels are told
+                if view.inner <= step:
+                    step += -step % view.inner  # whole units of memory
             count = cdiv(p, step)
             y, y_order, y_is_u = estimates.along(e, s_first)
             x, x_order, x_is_u = estimates.along(e, not s_first)
@@ -297,7 +300,7 @@ def plan_power(
                 "Y_LIVE": y_at + e, "X_LIVE": x_at + e,
                 "Y_TYPE": VECTOR_TYPES.index(vector_type(y_live[e].dtype, accumulate)),
                 "X_TYPE": VECTOR_TYPES.index(vector_type(x_live[e].dtype, accumulate)),
-                "ESTIMATE": int(n_power_iterations[layers[e]] == 0),
+                "ESTIMATE": int(n_power_iterations[layers[e]] <= 0),
             }  # fmt: skip
             spaces = {
                 "WORK_X": q,
@@ -427,7 +430,7 @@ def cached(key: Hashable, device: torch.device, make: Callable[[], PowerPlan | F
             "run the call once, with weights of these shapes, strides and types, before it is "
             "captured in a CUDA graph",
         )
-        plan = make()
+        plan = apart(device, make)
         tables = [x for x in vars(plan).values() if isinstance(x, Tensor)]
         # A copy from the host has ended when it returns.
         _plans.add(key, device, plan, tables, is_written=True)
