@@ -31,6 +31,7 @@ from benchmarks.gpu_device import Device
 from benchmarks.gpu_sampling import Recorder, Row, Times, take_turns, time_columns
 from benchmarks.harness import ROUNDING, Plan, check, gradient_of
 from benchmarks.networks import layers, normalize_with
+from fastsn import engine
 
 Weights = Sequence[Tensor]
 Vectors = tuple[list[Tensor], list[Tensor]]
@@ -82,11 +83,9 @@ def read_operators(model: nn.Module) -> Callable[[], Weights]:
     weights = originals(model)
     u, v = ([x for m in modules for x in parametrization_vectors(m)[i]] for i in (0, 1))
     count = len(weights)
-    call = fastsn.functional.make_call(
-        [(0,)] * count, [1.0] * count, 1e-12, False, bound=False, zero_guard=False
-    )
-    iterations = [1] * count
-    return lambda: fastsn.functional.normalize(call, weights, u, v, iterations)[0]
+    call = engine.make_call([(0,)] * count, engine.SN, 1e-12, v_first=False)
+    work = engine.Pass(call, weights, u, v, [1] * count)
+    return lambda: engine.normalize(work)[0]
 
 
 def read_as_forward(model: nn.Module) -> Callable[[], Weights]:

@@ -11,21 +11,20 @@ variable ``FASTSN_BACKEND`` forces one, and then a call that it cannot serve rai
 from __future__ import annotations
 
 import os
-import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar, Token
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastsn import cuda, ops, reference
 from fastsn import triton as triton_kernels
+from fastsn.torch_internals import modes
 
 NAMES = ("cpp", "cuda", "triton", "reference")
-
-_forced = "auto"
 
 
 def why_not(name: str) -> str | None:
@@ -55,14 +54,18 @@ def _why_not_for(name: str, weight: Tensor) -> str | None:
     if name == "triton":
         if not triton_kernels.serves(weight.device):
             return why_not(name) or f"it does not run on {weight.device}, where the weights are"
-        if _forced == "auto" and device == "cuda" and cuda.are_mixed():
+        if current_backend() == "auto" and device == "cuda" and cuda.are_mixed():
             return "compiled kernels serve other GPUs"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if modes.is_transformed():
         return "torch.func transforms and forward-mode differentiation need the reference"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the flag alone costs more
         if torch.onnx.is_in_onnx_export():
             return "ONNX has none of its operators"
     return None
+
+
+#: The compiled kernels of each kind of device, which nearly every call gets.
+_USUAL = {"cpu": "cpp", "meta": "cpp", "cuda": "cuda"}
 
 
 def choose(weight: Tensor) -> str:
@@ -71,23 +74,19 @@ def choose(weight: Tensor) -> str:
     Raises:
         RuntimeError: the forced back-end cannot serve it.
     """
-    if _forced == "auto":
+    forced = current_backend()
+    if forced == "auto":
+        usual = _USUAL.get(weight.device.type)
+        if usual is not None and _why_not_for(usual, weight) is None:
+            return usual
         return next(name for name in NAMES if _why_not_for(name, weight) is None)
-    reason = _why_not_for(_forced, weight)
+    reason = _why_not_for(forced, weight)
     if reason:
         possible = [name for name in NAMES if _why_not_for(name, weight) is None]
         raise RuntimeError(
-            f"fastsn back-end {_forced!r} was asked for, but {reason}; these can serve: {possible}"
+            f"fastsn back-end {forced!r} was asked for, but {reason}; these can serve: {possible}"
         )
-    return _forced
-
-
-def is_distributed(weight: Tensor) -> bool:
-    """Whether the weight is a DTensor, whose parts are on several ranks."""
-    if type(weight) in (Tensor, torch.nn.Parameter):
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(weight, module.DTensor)
+    return forced
 
 
 def select(weights: Sequence[Tensor]) -> ModuleType:
@@ -96,10 +95,6 @@ def select(weights: Sequence[Tensor]) -> ModuleType:
     Raises:
         RuntimeError: the forced back-end cannot serve them.
     """
-    if is_distributed(weights[0]):
-        from fastsn import sharded  # not for everybody: it imports torch.distributed.tensor
-
-        return sharded
     # Only complex numbers, devices and transforms decide, and a call does not mix those.
     return reference if choose(weights[0]) == "reference" else ops
 
@@ -140,10 +135,28 @@ def _cuda_starts() -> None:
 torch.cuda._lazy_call(_cuda_starts)
 
 
-def _force(name: str) -> None:
-    global _forced, _overriding
-    _forced = name
-    _overriding = _TritonKernels("CPU", "CUDA") if name == "triton" else None
+# Who has said what: from now on, the last one counting, and within open `with` blocks. Each takes
+# itself out and nobody else, so that threads never bring back what another one has said.
+_settings: list[use_backend] = []
+_contexts: list[use_backend] = []
+_default = "auto"
+_here: ContextVar[str | None] = ContextVar("fastsn_backend", default=None)
+# What a trace goes by, which knows no contexts: that of the thread which spoke last.
+_traced = "auto"
+_lock = threading.Lock()
+
+
+def _heed() -> None:
+    """Does what follows from what has been said."""
+    global _default, _traced, _overriding
+    with _lock:
+        _default = _settings[-1].name if _settings else "auto"
+        _traced = _here.get() or _default
+        # The dispatcher knows no threads: Triton serves all of them while one asks for it.
+        if _default != "triton" and all(context.name != "triton" for context in _contexts):
+            _overriding = None
+        elif _overriding is None:
+            _overriding = _TritonKernels("CPU", "CUDA")
 
 
 def _check(name: str) -> str:
@@ -159,7 +172,12 @@ def _check(name: str) -> str:
 
 
 class use_backend:
-    """Makes one back-end serve every call, from now on or within a ``with`` block.
+    """Makes one back-end serve every call: from now on, or within a ``with`` block.
+
+    As a call it is for all threads. As a ``with`` block it is for the thread (the context) that
+    enters it, and threads may be in different ones at a time. One exception: ``"triton"`` stands
+    under the operators of the whole process, so that within such a block the calls of every thread
+    that go to compiled kernels are served by Triton's.
 
     Args:
         name: ``"cpp"`` (compiled CPU kernels), ``"cuda"`` (compiled kernels for NVIDIA GPUs),
@@ -179,19 +197,30 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._previous = _forced
-        _force(_check(name))
+        self.name = _check(name)
+        self._tokens: list[Token[str | None]] = []
+        _settings.append(self)
+        _heed()
 
     def __enter__(self) -> use_backend:
+        if self in _settings:
+            _settings.remove(self)
+        _contexts.append(self)
+        self._tokens.append(_here.set(self.name))
+        _heed()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _force(self._previous)
+        _here.reset(self._tokens.pop())
+        _contexts.remove(self)
+        _heed()
 
 
 def current_backend() -> str:
-    """The name given to :func:`use_backend`, or ``"auto"``."""
-    return _forced
+    """The name given to :func:`use_backend` for this thread, or ``"auto"``."""
+    if torch.compiler.is_compiling():
+        return _traced
+    return _here.get() or _default
 
 
-_force(_check(os.environ.get("FASTSN_BACKEND") or "auto"))
+use_backend(os.environ.get("FASTSN_BACKEND") or "auto")

@@ -14,198 +14,15 @@ The weight used is ``scale * W / sigma``, or with ``bound`` ``min(1, scale / sig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastsn import backends, ops, reference
+from fastsn import engine, layout
+from fastsn.engine import NORMS, Method, check_method, estimate_dims
 
-NORMS = ("matrix", "bidirectional")
-
-
-class Method(NamedTuple):
-    """What is done to a weight: a norm and a constraint, validated by :func:`check_method`."""
-
-    norm: str = "matrix"
-    scale: float = 1.0
-    bound: bool = False
-    zero_guard: bool = False
-
-
-SN = Method()
-
-
-def check_method(
-    norm: str = "matrix", scale: float = 1.0, bound: bool = False, zero_guard: bool = False
-) -> Method:
-    """The arguments as a :class:`Method`.
-
-    Raises:
-        ValueError: ``norm`` is not one of ``NORMS``, or ``scale`` is not finite and positive.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a finite positive number, got {scale!r}")
-    return Method(norm, float(scale), bool(bound), bool(zero_guard))
-
-
-def estimate_dims(shape: Sequence[int], dim: int, norm: str) -> tuple[int, ...]:
-    """The dimensions along which a weight of this shape is matricized, one per estimate.
-
-    ``dim`` for SN; ``dim`` and the other of the first two for BSN, unless the weight is a matrix or
-    a 1x1 convolution: both matricizations are then each other's transposes, and BSN is SN.
-    """
-    if norm == "matrix" or len(shape) < 3 or math.prod(shape[2:]) == 1:
-        return (dim,)
-    return (dim, 1 if dim == 0 else 0)
-
-
-class Call(NamedTuple):
-    """The constants of one call for many weights (see :mod:`fastsn.reference`)."""
-
-    layers: list[int]
-    dims: list[int]
-    scales: list[float]
-    eps: float
-    v_first: bool
-    bound: bool
-    zero_guard: bool
-
-
-def make_call(
-    dims: Sequence[Sequence[int]],
-    scales: Sequence[float],
-    eps: float,
-    v_first: bool,
-    bound: bool,
-    zero_guard: bool,
-) -> Call:
-    """The :class:`Call` for weights with these ``estimate_dims`` and scales."""
-    layers = [layer for layer, own in enumerate(dims) for _ in own]
-    flat = [dim for own in dims for dim in own]
-    return Call(layers, flat, list(scales), eps, v_first, bound, zero_guard)
-
-
-#: What is done with u and v that do not move, but may be averages of those of several models: such
-#: are shorter than units, sigma would come out too small, and the average of models would blow up.
-#: As they are; made units; made units and iterated WARM_UP times, without being written back.
-AT_REST = ("as they are", "units", "iterated")
-# A larger one may be what made a vector shorter than a unit, and it stays so then.
-_SMALL_EPS = 1e-3
-#: Iterations where u and v start anew, as many as torch does at registration.
-WARM_UP = 15
-
-
-def look_at(call: Call, u: Sequence[Tensor], v: Sequence[Tensor]) -> str:
-    """The member of ``AT_REST`` that these need. Waits for their device."""
-    if call.eps > _SMALL_EPS or u[0].is_meta:
-        return "as they are"
-    lengths = torch.stack([torch.linalg.vector_norm(x).to(torch.float32) for x in (*u, *v)])
-    return "iterated" if bool((lengths < 0.999).any()) else "as they are"
-
-
-def _resting(
-    call: Call, weights: Sequence[Tensor], vectors: Sequence[Tensor], iterations: Sequence[int]
-) -> list[Tensor]:
-    """The vectors of a call, those that do not move made units where they are shorter."""
-    if call.eps > _SMALL_EPS:
-        return list(vectors)
-    resting = [not iterations[layer] for layer in call.layers]
-    wide = reference.accumulate_type(weights[0])
-    chosen = [x.to(wide) for x, rests in zip(vectors, resting, strict=True) if rests]
-    if not chosen:
-        return list(vectors)
-    tiny = torch.finfo(wide).tiny
-    if backends.select(weights) is reference:
-        units = [x / torch.linalg.vector_norm(x).clamp(tiny, 1.0) for x in chosen]
-    else:
-        norms = torch._foreach_clamp_min(torch._foreach_norm(chosen), tiny)
-        units = list(torch._foreach_div(chosen, torch._foreach_clamp_max(norms, 1)))
-    rest = iter(units)
-    return [next(rest) if rests else x for x, rests in zip(vectors, resting, strict=True)]
-
-
-def iterate(
-    call: Call,
-    weights: Sequence[Tensor],
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
-    n_power_iterations: Sequence[int],
-    at_rest: str = "units",
-) -> Tensor:
-    """The snapshot after that many iterations of each weight. Nothing is validated here.
-
-    ``at_rest``, one of ``AT_REST``, is for the weights that do not iterate.
-    """
-    backend = backends.select(weights)
-    if at_rest != "as they are":
-        u = _resting(call, weights, u, n_power_iterations)
-        v = _resting(call, weights, v, n_power_iterations)
-    if not any(n_power_iterations):
-        if at_rest != "iterated":
-            return backend.estimate(weights, u, v, call.layers, call.dims)
-        u, v = ([x.clone() for x in vectors] for vectors in (u, v))
-        n_power_iterations = [WARM_UP] * len(weights)
-    return backend.power_(
-        weights,
-        u,
-        v,
-        call.layers,
-        call.dims,
-        n_power_iterations,
-        call.eps,
-        call.v_first,
-        call.zero_guard,
-    )
-
-
-def normalize(
-    call: Call,
-    weights: Sequence[Tensor],
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
-    n_power_iterations: Sequence[int],
-    dtype: torch.dtype | None = None,
-    at_rest: str = "units",
-) -> tuple[list[Tensor], Tensor]:
-    """The one path of every variant: (normalized weights, snapshot). Nothing is validated here."""
-    if (
-        backends.select(weights) is ops
-        and (at_rest == "as they are" or all(n_power_iterations))
-        and not torch.compiler.is_compiling()
-        and not torch.overrides.has_torch_function(weights)
-    ):
-        # Both operators by one call, which passes the lists once.
-        return ops.normalize(
-            weights, u, v, call.layers, call.dims, n_power_iterations, call.scales, call.eps,
-            call.v_first, call.bound, call.zero_guard, dtype,
-        )  # fmt: skip
-    snapshot = iterate(call, weights, u, v, n_power_iterations, at_rest)
-    return scale(call, weights, snapshot, dtype), snapshot
-
-
-def scale(
-    call: Call, weights: Sequence[Tensor], snapshot: Tensor, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """The normalized weights out of a snapshot. Nothing is validated here."""
-    return backends.select(weights).scale(
-        weights, snapshot, call.layers, call.dims, call.scales, call.bound, call.zero_guard, dtype
-    )
-
-
-def normalize_vector(weight: Tensor, eps: float, method: Method) -> Tensor:
-    """A 1-D weight, whose norm needs no estimate: ``scale * w / max(|w|, eps)``."""
-    if not method.bound:
-        unit = F.normalize(weight, dim=0, eps=eps)
-        return unit if method.scale == 1 else unit * method.scale
-    norm = torch.linalg.vector_norm(weight).clamp_min(eps)
-    return weight * (method.scale / norm).clamp_max(1)
-
+__all__ = ["NORMS", "Method", "check_method", "estimate_dims", "init_vectors", "spectral_norm"]
 
 _DTYPES = (
     torch.float64,
@@ -247,7 +64,7 @@ def _check_vector(vector: Tensor, name: str, length: int, weight: Tensor) -> Non
         raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
     if vector.device != weight.device:
         raise ValueError(f"{name} must be on {weight.device}, got {vector.device}")
-    wanted = {weight.dtype, reference.accumulate_type(weight)}
+    wanted = {weight.dtype, layout.accumulate_type(weight)}
     if vector.dtype not in wanted:
         raise TypeError(
             f"{name} must have one of the types {sorted(map(str, wanted))}, got {vector.dtype}"
@@ -287,8 +104,8 @@ def spectral_norm(
             a flat list over all weights. **Updated in place.** In the weight's type, or fp32.
         v: likewise, of shape (cols,).
         dim: the output dimension, one for all weights or one each: rows of M are slices along it.
-        n_power_iterations: steps; 0 leaves u and v as they are, and takes those that are shorter
-            than units, as averages of u and v are, for the units in their direction.
+        n_power_iterations: steps; 0 leaves u and v as they are, and takes them for directions: they
+            need not be units.
         eps: least norm that a product is divided by.
         norm: ``"matrix"`` or ``"bidirectional"``.
         scale: s above.
@@ -341,10 +158,10 @@ def spectral_norm(
     dims = []
     for i, (w, d) in enumerate(zip(weights, per_weight, strict=True)):
         checked = _check_weight(w, d, f"weight[{i}]")
-        if (w.device, w.is_complex(), reference.accumulate_type(w)) != (
+        if (w.device, w.is_complex(), layout.accumulate_type(w)) != (
             weights[0].device,
             weights[0].is_complex(),
-            reference.accumulate_type(weights[0]),
+            layout.accumulate_type(weights[0]),
         ):
             raise ValueError(
                 "weights of one call must share their device and, fp32 and narrower counting as "
@@ -355,19 +172,19 @@ def spectral_norm(
     if dtype is not None and (dtype not in _DTYPES or dtype.is_complex != weights[0].is_complex()):
         possible = [t for t in _DTYPES if t.is_complex == weights[0].is_complex()]
         raise TypeError(f"dtype must be None or one of {possible}, got {dtype!r}")
-    call = make_call(dims, [method.scale] * len(weights), eps, v_first, bound, zero_guard)
+    call = engine.make_call(dims, method, eps, v_first)
     if not len(us) == len(vs) == len(call.layers):
         raise ValueError(
             f"expected {len(call.layers)} u and v, one per matrix, got {len(us)} and {len(vs)}"
         )
     for e, (layer, d) in enumerate(zip(call.layers, call.dims, strict=True)):
-        rows, cols = reference.matrix_shape(weights[layer].shape, d)
+        rows, cols = layout.matrix_shape(weights[layer].shape, d)
         _check_vector(us[e], f"u[{e}]", rows, weights[layer])
         _check_vector(vs[e], f"v[{e}]", cols, weights[layer])
 
     iterations = [n_power_iterations] * len(weights)
-    normalized, snapshot = normalize(call, weights, us, vs, iterations, dtype)
-    sigmas = reference.sigmas_of(snapshot, call.layers)
+    normalized, snapshot = engine.normalize(engine.Pass(call, weights, us, vs, iterations, dtype))
+    sigmas = layout.sigmas_of(snapshot, call.layers)
     if isinstance(weight, Tensor):
         return normalized[0], sigmas[0]
     return normalized, sigmas
@@ -394,10 +211,4 @@ def init_vectors(
     """
     check_method(norm)
     dim = _check_weight(weight, dim, "weight")
-    u: list[Tensor] = []
-    v: list[Tensor] = []
-    for d in estimate_dims(weight.shape, dim, norm):
-        for length, vectors in zip(reference.matrix_shape(weight.shape, d), (u, v), strict=True):
-            drawn = weight.detach().new_empty(length).normal_(0, 1, generator=generator)
-            vectors.append(F.normalize(drawn, dim=0, eps=eps))
-    return u, v
+    return engine.init_vectors(weight, estimate_dims(weight.shape, dim, norm), eps, generator)

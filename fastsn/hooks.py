@@ -1,29 +1,26 @@
 """Drop-in for ``torch.nn.utils.spectral_norm``, the form that works through a forward pre-hook.
 
-The hook class *is* a torch ``SpectralNorm`` with the arithmetic replaced, so that torch's own
-functions, checkpoints and subclasses keep working with it.
+Signature, buffers, iteration order, random numbers, checkpoints and errors are torch's.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import (
     SpectralNormLoadStateDictPreHook,
     SpectralNormStateDictHook,
 )
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
-from fastsn import checkpoints, functional, normalizer, placements, recompute
-from fastsn.functional import Method
-from fastsn.normalizer import Normalizer, State
-from fastsn.parametrizations import default_dim
+from fastsn import engine
+from fastsn.checkpoints import convert
+from fastsn.sharded import placements
+from fastsn.weights.hooked import SpectralNorm
+from fastsn.weights.parametrized import default_dim
 
 __all__ = [
     "SpectralNorm",
@@ -34,137 +31,6 @@ __all__ = [
 ]
 
 T_module = TypeVar("T_module", bound=nn.Module)
-
-
-class SpectralNorm(Normalizer, TorchHook):
-    """The forward pre-hook: sets ``module.<name>`` to the normalized weight before each forward.
-
-    Subclasses may override :meth:`compute_weight`, :meth:`reshape_weight_to_matrix` or
-    :meth:`apply`, as those of torch's class do.
-    """
-
-    # Class attributes: an object of torch's class becomes one of this by changing its class.
-    method = functional.SN
-    # The weight that this hook has set last.
-    _latest: Tensor | None = None
-    # Not empty when a grouped call has set the weight for the next forward.
-    _pending: list[Any] | tuple[()] = ()
-
-    @classmethod
-    def apply(
-        cls,
-        module: nn.Module,
-        name: str,
-        n_power_iterations: int,
-        dim: int,
-        eps: float,
-        method: Method = functional.SN,
-    ) -> SpectralNorm:
-        """Registers the hook; see :func:`spectral_norm` for what can go wrong."""
-        owner = placements.owner_of(module._parameters.get(name))
-        with placements.drawable(module, name):
-            hook: Any = TorchHook.apply(module, name, n_power_iterations, dim, eps)
-        placements.moved(owner, (module, name), (module, f"{name}_orig"))
-        hook.__class__ = cls
-        hook.method = method
-        weight = getattr(module, f"{name}_orig")
-        for other in functional.estimate_dims(weight.shape, dim, method.norm)[1:]:
-            drawn_like = placements.stand_in(weight)
-            (u,), (v,) = functional.init_vectors(drawn_like, dim=other, eps=eps)
-            module.register_buffer(f"{name}_u2", u)
-            module.register_buffer(f"{name}_v2", v)
-        if placements.is_distributed(weight):
-            u, v = hook.vectors(module)
-            placements.agree(weight, u + v)
-        hook.was_meta = weight.is_meta
-        hook.prepare()
-        checkpoints.install(module)
-        return hook
-
-    def vectors(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """(u, v), one of each per estimate, in fp32 also where the module was made narrower."""
-        return normalizer.vectors_in(module._buffers, self.name)
-
-    def state(self, module: nn.Module, training: bool) -> State:
-        """u, v and the iterations of the forward that comes now."""
-        weight = getattr(module, f"{self.name}_orig")
-        u, v = self.vectors(module)
-        if self.was_meta:
-            self.settle(self.call(weight.shape), weight, u, v)
-        return u, v, self.iterations(weight, training, self.n_power_iterations)
-
-    def call(self, shape: torch.Size) -> functional.Call:
-        """The constants of a call for a weight of this shape."""
-        norm, scale, bound, zero_guard = self.method
-        dims = functional.estimate_dims(shape, self.dim, norm)
-        return functional.make_call([dims], [scale], self.eps, True, bound, zero_guard)
-
-    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        """The normalized weight, after ``n_power_iterations`` steps (v, then u) if asked for.
-
-        u and v are updated in place, in the buffers' own storage: ``DataParallel`` relies on it.
-        """
-        weight = getattr(module, f"{self.name}_orig", None)
-        if weight is None:
-            raise RuntimeError(
-                f"expected {self.name}_orig in {type(module).__name__}: this hook was moved to "
-                "another module, as quantize_dynamic does. Quantize fastsn.fold(model)"
-            )
-        if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
-            # A subclass with a matrix of its own: only torch's formula knows no more than that.
-            iterates = do_power_iteration and not recompute.is_repeating()
-            steps = self.iterations(weight, iterates, self.n_power_iterations)
-            return super().compute_weight(module, steps > 0)
-        iterates = do_power_iteration and not recompute.is_repeating()
-        u, v, iterations = self.state(module, iterates)
-        return self.memory.normalize(
-            self.call(weight.shape), [weight], u, v, [iterations], keep=self.policy == "step"
-        )[0][0]
-
-    def own_pending(self) -> list[Any]:
-        """The list by which a grouped call tells that it has set the weight."""
-        if not isinstance(self._pending, list):
-            self._pending = []
-        return self._pending
-
-    def set_weight(self, module: nn.Module, weight: Tensor) -> None:
-        """Makes ``weight`` the module's plain attribute ``<name>``."""
-        setattr(module, self.name, weight)
-        self._latest = weight
-
-    def remove(self, module: nn.Module) -> None:
-        """Replaces the hook's attributes by a plain parameter that holds the normalized weight."""
-        weight = getattr(module, f"{self.name}_orig")
-        owner = placements.owner_of(weight)
-        placements.check_is_sharded(owner, weight)
-        super().remove(module)
-        placements.moved(owner, (module, f"{self.name}_orig"), (module, self.name))
-        if owner is not None:
-            owner.reset_sharded_param()
-        for suffix in ("_u2", "_v2"):
-            module._buffers.pop(self.name + suffix, None)
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        weight = recompute.take(self._pending, self, module.training)
-        if weight is None:
-            weight = self.compute_weight(module, do_power_iteration=module.training)
-        elif isinstance(weight, placements.Unscaled):
-            weight = weight.normalized(getattr(module, f"{self.name}_orig"))
-        self.set_weight(module, weight)
-
-    def __getstate__(self) -> dict[str, Any]:
-        passing = ("_latest", "_pending")
-        return {k: v for k, v in self.__dict__.items() if k not in passing}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
-        # After a forward the module's weight has a graph behind it and refuses to be copied. The
-        # hook is copied before the weight, so it can say here what the copy is: the value.
-        if self._latest is not None:
-            memo[id(self._latest)] = self._latest.detach().clone()
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return new
 
 
 def spectral_norm(
@@ -193,9 +59,11 @@ def spectral_norm(
     performs ``n_power_iterations`` steps (v, then u) and updates the buffers ``<name>_u`` and
     ``<name>_v`` in place; in eval mode none. There is no warm-up. Gradients flow through W and
     sigma, with u and v constant. Unlike torch's, a forward in eval mode followed by one in training
-    mode may be followed by the backward of both, and a module can be deep-copied after a forward;
-    and what :func:`fastsn.parametrizations.spectral_norm` says of precision, checkpoints, averages
-    and evaluation (where ``eval()`` of a module with a hook tells nobody) holds here, too.
+    mode may be followed by the backward of both; a module can be deep-copied, pickled and sent to
+    another process after a forward; an evaluation before u and v have moved or were loaded, which
+    are random then, iterates them 15 times without writing them back; and what
+    :func:`fastsn.parametrizations.spectral_norm` says of precision, activation checkpoints and
+    averages holds here, too.
     Checkpoints of every form load, see :func:`fastsn.convert_state_dict`.
 
     Args:
@@ -233,11 +101,12 @@ def spectral_norm(
     Source: Miyato et al., ICLR 2018 (arXiv 1802.05957); Lin, Sekar, Fanti, NeurIPS 2021
     (arXiv 2009.02773).
     """
-    method = functional.check_method(norm, scale, bound, zero_guard)
+    method = engine.check_method(norm, scale, bound, zero_guard)
     if dim is None:
         dim = default_dim(module)
     placements.check(module._parameters.get(name), f"{name} of {type(module).__name__}")
     SpectralNorm.apply(module, name, n_power_iterations, dim, eps, method)
+    convert.install(module)
     if isinstance(module, NonDynamicallyQuantizableLinear):
         warnings.warn(
             "MultiheadAttention reads out_proj's weight without calling out_proj, so that this "
@@ -262,11 +131,5 @@ def remove_spectral_norm(module: T_module, name: str = "weight") -> T_module:
         Linear(in_features=40, out_features=10, bias=True)
     """
     _torch_remove(module, name)
-    # torch looks for this hook but not within the wrapper that registration puts around it; left
-    # behind, it would demand the old keys of every checkpoint.
-    for key, registered in list(module._load_state_dict_pre_hooks.items()):
-        hook = getattr(registered, "hook", registered)
-        if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn.name == name:
-            del module._load_state_dict_pre_hooks[key]
-    checkpoints.uninstall(module)
+    convert.uninstall(module)
     return module

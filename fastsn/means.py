@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsn import backends, reference
+from fastsn import backends, layout
 
 #: A process group, ``"world"`` for the default one, or None: the means of this process alone.
 Group = Any
@@ -107,7 +107,7 @@ def mean_bias(
 
 def shift(mean: Tensor, gain: Tensor | None, beta: Tensor | None) -> Tensor:
     """``beta - gain * mean``, in fp32 or wider."""
-    with reference.full_precision(mean):
+    with layout.full_precision(mean):
         shift = -mean if gain is None else -mean * gain
         return shift if beta is None else shift + beta
 
@@ -120,6 +120,6 @@ def center(
         mean = patch_mean(input, of_channels(input.shape[2:]), group).flatten()
     shape = (-1, *(1,) * (input.ndim - 2))
     bias = shift(mean, gain, beta).view(shape)
-    with reference.full_precision(input):
+    with layout.full_precision(input):
         centered = input + bias if gain is None else torch.addcmul(bias, input, gain.view(shape))
     return centered.to(input.dtype), mean.detach()

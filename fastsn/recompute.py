@@ -105,10 +105,9 @@ def replay(owner: Any) -> Any:
     return value
 
 
-def take(pending: Any, owner: Any, moved: bool) -> Any:
+def take(value: Any, owner: Any, moved: bool) -> Any:
     """What a grouped call has left for ``owner``, now or in the forward that is repeated."""
-    if not pending:
+    if value is None:
         return replay(owner)
-    value = pending.pop()
     record(owner, value, moved)
     return value

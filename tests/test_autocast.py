@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_norm
 
 import fastsn
+from fastsn.weights.normalizer import Transient
 
 low_types = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 
@@ -105,22 +106,22 @@ def test_numbers_are_near_those_of_torch(low):
 
 
 def types_read(model: Net, x: Tensor) -> dict[str, torch.dtype]:
-    """The type of the weight that each layer finds in a forward."""
+    """The type of the weight that a forward leaves for each layer."""
     seen = {}
+    names = {
+        layer.parametrizations.weight[0].transient: name for name, layer in model.named_children()
+    }
 
-    def note(name):
-        def hook(module, args):
-            group_weight = module.parametrizations.weight[0].pending
-            seen[name] = group_weight[0].dtype
+    class Noting(Transient):
+        def put(self, weight):
+            seen[names[self]] = weight.dtype
+            super().put(weight)
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(note(name)) for name, layer in model.named_children()
-    ]
+    for transient in names:
+        transient.__class__ = Noting
     model(x)
-    for handle in handles:
-        handle.remove()
+    for transient in names:
+        transient.__class__ = Transient
     return seen
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_forced_choice_of_another_device_says_why(monkeypatch, name):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(fastsn.triton, "_missing", lambda: None)
     monkeypatch.setattr(fastsn.triton, "why_not", lambda: None)
-    monkeypatch.setattr(backends, "_forced", name)
+    monkeypatch.setattr(backends, "_default", name)
     assert backends.choose(Elsewhere("cuda")) == name
     with pytest.raises(RuntimeError, match=rf"{name!r} was asked for, but .*cpu.*\['cpp', 'refer"):
         backends.choose(REAL)
@@ -338,3 +339,39 @@ def test_kernels_of_triton_leave_when_it_is_no_longer_asked_for():
         TRITON_INTERPRET="1",
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_are_in_blocks_of_their_own():
+    """Each sees its own choice, others the default, and none brings back what another has said."""
+    barrier = threading.Barrier(3)
+    seen = {}
+
+    def within(name):
+        with fastsn.use_backend(name):
+            barrier.wait(10)
+            seen[name] = fastsn.current_backend()
+            barrier.wait(10)
+        seen[name + " after"] = fastsn.current_backend()
+
+    threads = [threading.Thread(target=within, args=(name,)) for name in ("cpp", "reference")]
+    for thread in threads:
+        thread.start()
+    barrier.wait(10)
+    assert fastsn.current_backend() == "auto"
+    barrier.wait(10)
+    for thread in threads:
+        thread.join()
+    assert seen == {
+        "cpp": "cpp", "reference": "reference", "cpp after": "auto", "reference after": "auto",
+    }  # fmt: skip
+
+
+def test_a_call_is_for_all_threads():
+    before = fastsn.current_backend()
+    seen = []
+    fastsn.use_backend("reference")
+    thread = threading.Thread(target=lambda: seen.append(fastsn.current_backend()))
+    thread.start()
+    thread.join()
+    fastsn.use_backend(before)
+    assert seen == ["reference"] and fastsn.current_backend() == before

@@ -340,7 +340,9 @@ def test_functional_call_replaces_the_original(form, call):
 
 
 def function_of(form, training):
-    module = form.spectral_norm(slow_linear()).train(training)
+    module = form.spectral_norm(slow_linear())
+    module(torch.zeros(1, 5, dtype=torch.float64))  # whose random u and v are no estimate
+    module.train(training)
     name = next(n for n, p in module.named_parameters() if p is form.vectors(module)[0])
     parameter = dict(module.named_parameters())[name]
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import spectral_norm as torch_hook
 
 import fastsn
-from fastsn import checkpoints
+from fastsn.checkpoints import convert
 from fastsn.nn import convert_batchnorm
 
 # What carries over
@@ -108,10 +108,10 @@ def test_spectral_norms_carry_over(name, accelerated, double):
     assert layer is model[0] and not hasattr(layer, "weight_orig") and not layer._state_dict_hooks
     assert not layer._forward_pre_hooks
     loading = {hook.hook for hook in layer._load_state_dict_pre_hooks.values()}
-    assert loading <= {checkpoints.load}  # and not that of the hook form, which would want its keys
+    assert loading <= {convert.load}  # and not that of the hook form, which would want its keys
     norm = layer.parametrizations.weight[0]
     assert norm.n_power_iterations == 2 and layer.norm == norm.method.norm
-    vectors = [vector for pair in norm.vectors() for vector in pair]
+    vectors = [vector for pair in norm.vectors(norm) for vector in pair]
     kept = [v for k, v in state.items() if k.endswith(("_u", "_v", "_u2", "_v2"))]
     assert len(vectors) == len(kept) == (4 if "bsn" in name else 2)
     assert all(any(torch.equal(a, b) for b in kept) for a in vectors)

@@ -174,17 +174,17 @@ def test_triton_serves_where_no_gpu_can_run_them(machine, why, triton):
 
 
 @pytest.mark.parametrize("triton", [True, False])
-def test_the_reference_serves_a_gpu_beside_those_that_can_run_them(machine, triton):
+def test_the_reference_serves_a_gpu_beside_those_that_can_run_them(machine, triton, monkeypatch):
     machine((8, 0), (7, 5), (9, 0), triton=triton)
     assert chosen("cuda:0", "cuda:1", "cuda:2") == ["cuda", "reference", "cuda"]
     assert backends.why_not("cuda") is None
     assert "backends.py" not in kernel_of_gpus()
-    backends._force("cuda")
+    monkeypatch.setattr(backends, "_default", "cuda")
     with pytest.raises(RuntimeError, match="but built for .*, not for this GPU's sm_75; these can"):
         chosen("cuda:1")
     assert chosen("cuda:2") == ["cuda"]
     if triton:
-        backends._force("triton")
+        monkeypatch.setattr(backends, "_default", "triton")
         assert chosen("cuda:0", "cuda:1") == ["triton", "triton"]
 
 

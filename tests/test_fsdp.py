@@ -248,7 +248,7 @@ def biggan(accelerated: bool) -> dict[str, Tensor]:
     if dist.is_initialized():
         for block in (model[0], model[2], model):
             fully_shard(block, mesh=mesh())
-    fastsn.accelerate(model) if accelerated else fastsn.layers.take_over(model)
+    fastsn.accelerate(model) if accelerated else fastsn.grouping.take_over(model)
     return train(model, images)
 
 

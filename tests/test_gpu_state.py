@@ -24,7 +24,7 @@ backend, exact_products = gpu_fixtures.backend, gpu_fixtures.exact_products
 def made(form, accelerated=True):
     torch.manual_seed(0)
     model = normalize_with(critic(), form.spectral_norm).to(DEVICE)
-    fastsn.accelerate(model) if accelerated else fastsn.layers.take_over(model)
+    fastsn.accelerate(model) if accelerated else fastsn.grouping.take_over(model)
     return model
 
 

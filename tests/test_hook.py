@@ -29,7 +29,8 @@ from torch_peers import (
     twins,
 )
 
-from fastsn import checkpoints
+import fastsn
+from fastsn.checkpoints import convert
 
 
 def vectors(module, name="weight"):
@@ -63,7 +64,7 @@ def test_registration_layout(form, requires_grad):
     assert module.weight.stride() == weight.stride() and not module.weight.requires_grad
     assert [type(hook) for hook in module._forward_pre_hooks.values()] == [form.SpectralNorm]
     assert [type(hook) for hook in module._state_dict_hooks.values()] == [form.StateDictHook]
-    own = [checkpoints.load] if form is FASTSN_HOOK else []
+    own = [convert.load] if form is FASTSN_HOOK else []
     loading = [hook.hook for hook in module._load_state_dict_pre_hooks.values()]
     assert loading[:-1] == own and isinstance(loading[-1], form.LoadStateDictPreHook)
 
@@ -276,12 +277,56 @@ def test_eval_repeats_the_last_training_forward(form):
     assert all(torch.equal(*pair) for pair in zip(kept, vectors(module), strict=True))
 
 
-def test_eval_before_any_training_forward_uses_the_random_vectors():
-    """pytorch#51800: the hook form has no warm-up, and checkpoints depend on it."""
+def test_eval_before_any_training_forward():
+    """pytorch#51800, Lightning#9571: torch takes sigma from random vectors, which may be next to
+    nothing. Here they are iterated, and stay what torch has drawn until a forward in training."""
     expected, actual = hook_twins(lambda: nn.Linear(9, 7).eval())
     x = torch.randn(2, 9)
-    torch.testing.assert_close(actual(x), expected(x))
-    assert torch.linalg.matrix_norm(actual.weight, 2) > 1.5
+    before = [vector.clone() for vector in vectors(actual)[1:]]
+    actual(x), expected(x)
+    assert torch.linalg.matrix_norm(expected.weight, 2) > 1.5
+    assert (torch.linalg.matrix_norm(actual.weight, 2) - 1).abs() < 0.05
+    torch.testing.assert_close(list(vectors(actual)[1:]), before, rtol=0, atol=0)
+    torch.testing.assert_close(before, list(vectors(expected)[1:]))
+    for mode in (True, False, True, False):
+        torch.testing.assert_close(actual.train(mode)(x), expected.train(mode)(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_evaluation_of_a_deep_net_before_any_training_is_finite(group, narrow):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(FASTSN_HOOK.spectral_norm(nn.Linear(12, 12)) for _ in range(60))).eval()
+    net = fastsn.accelerate(net) if group else net
+    net = net.bfloat16() if narrow else net
+    weights = []
+    for module in (net, copy.deepcopy(net)):
+        module(torch.randn(2, 12, dtype=net[0].weight_orig.dtype))
+        weights += [layer.weight.float() for layer in module]
+    norms = torch.stack([torch.linalg.matrix_norm(weight, 2) for weight in weights])
+    assert ((norms > 0.95) & (norms < 1.2)).all()
+
+
+@each_hook_form
+@torch.no_grad()
+def test_vectors_that_were_brought_from_elsewhere_are_used_as_they_are(form):
+    """By whatever way, also where the module itself has never been trained."""
+    source = form.spectral_norm(nn.Linear(9, 7))
+    x = torch.randn(2, 9)
+    for bring in (
+        lambda target: target.load_state_dict(source.state_dict()),
+        lambda target: [
+            target.state_dict()[k].data.copy_(v.data) for k, v in source.state_dict().items()
+        ],
+        lambda target: [target.register_buffer(k, v.clone()) for k, v in source.named_buffers()],
+    ):
+        source.train()(x)
+        target = form.spectral_norm(nn.Linear(9, 7)).eval()
+        target.weight_orig.copy_(source.weight_orig)
+        target.bias.copy_(source.bias)
+        bring(target)
+        torch.testing.assert_close(target(x), source.eval()(x))
 
 
 @each_hook_form
@@ -340,9 +385,9 @@ def test_weight_is_a_plain_non_leaf_attribute(form):
 
 @each_hook_form
 def test_a_changed_weight_is_seen_in_eval(form):
-    module = form.spectral_norm(nn.Linear(5, 7)).eval()
+    module = form.spectral_norm(nn.Linear(5, 7))
     x = torch.randn(2, 5)
-    module(x)
+    module(x), module.eval()(x)
     for reach in (lambda: module.weight_orig.data, lambda: module.weight_orig.detach()):
         reach().copy_(torch.randn(7, 5))
         module(x)
@@ -399,8 +444,9 @@ def test_meta_device(form):
 @each_hook_form
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_holds_u_and_v_constant(form, training):
-    module = form.spectral_norm(slow_linear()).train(training)
+    module = form.spectral_norm(slow_linear())
     module(torch.randn(1, 5, dtype=torch.float64))
+    module.train(training)(torch.randn(1, 5, dtype=torch.float64))
     weight, u, v = vectors(module)
     seed = torch.randn_like(weight)
     (actual,) = torch.autograd.grad(module.weight, weight, seed)
@@ -429,8 +475,9 @@ def test_gradcheck_of_several_forwards(form, modes):
 @each_hook_form
 @pytest.mark.usefixtures("double")
 def test_gradcheck_of_the_original_in_eval(form):
-    module = form.spectral_norm(nn.Linear(3, 4)).eval()
+    module = form.spectral_norm(nn.Linear(3, 4))
     x = torch.randn(2, 3)
+    module(x), module.eval()
     # gradcheck moves the parameter through `.data`: no version counter tells of it.
     assert gradcheck(lambda _: module(x), (module.weight_orig,), check_batched_grad=True)
     assert gradgradcheck(lambda _: module(x), (module.weight_orig,))
@@ -456,6 +503,7 @@ def eval_then_train_gradient(form):
     torch.manual_seed(0)
     module = form.spectral_norm(slow_linear())
     x = torch.randn(2, 5, dtype=torch.float64)
+    module(x)
     output = module.eval()(x)
     kept = [vector.clone() for vector in vectors(module)[1:]]
     (output + module.train()(x)).sum().backward()
@@ -484,11 +532,11 @@ def test_methods_of_the_hook(form):
     assert form.SpectralNorm._version == 1
     assert hook.reshape_weight_to_matrix(torch.ones(2, 3, 4)).shape == (2, 12)
     plain, before = module.weight, start(form, module)
-    weight = hook.compute_weight(module, do_power_iteration=False)
-    assert steps_taken(form, module, before) == 0
-    torch.testing.assert_close(weight, normalized(*vectors(module)))
     weight = hook.compute_weight(module, do_power_iteration=True)
     assert steps_taken(form, module, before) == 2 and module.weight is plain
+    weight = hook.compute_weight(module, do_power_iteration=False)
+    assert steps_taken(form, module, before) == 2
+    torch.testing.assert_close(weight, normalized(*vectors(module)))
     hook(module, ())
     assert steps_taken(form, module, before) == 4 and module.weight is not plain
     moved = form.SpectralNorm("weight", dim=2)

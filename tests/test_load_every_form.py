@@ -28,7 +28,7 @@ from torch.nn.utils import spectral_norm as torch_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 import fastsn
-from fastsn import checkpoints
+from fastsn.checkpoints import convert
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -158,7 +158,7 @@ def test_a_layer_that_is_normalized_no_more_loads_plain_weights(form):
 def test_a_folded_model_knows_nothing_of_it(target):
     folded = fastsn.fold(TARGETS[target]())
     assert all(
-        getattr(hook, "hook", None) is not checkpoints.load
+        getattr(hook, "hook", None) is not convert.load
         for module in folded.modules()
         for hook in module._load_state_dict_pre_hooks.values()
     )
@@ -179,7 +179,7 @@ def test_two_weights_of_a_module():
             model(x), model.eval()
             for target in ("hook", "parametrization"):
                 other = build(OURS[target])
-                own = [hook for hook in loads(other) if hook.hook is checkpoints.load]
+                own = [hook for hook in loads(other) if hook.hook is convert.load]
                 assert len(own) == 1
                 other.load_state_dict(model.state_dict())
                 torch.testing.assert_close(other.eval()(x)[0], model(x)[0])

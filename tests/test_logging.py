@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_peers import FASTSN_HOOK, FASTSN_PARAMETRIZED, TORCH_PARAMETRIZED
 
 import fastsn
-from fastsn import sigma_logger
+from fastsn.model import sigma_logger
 
 MODELS = {
     "hook": lambda: chain(FASTSN_HOOK),

@@ -15,6 +15,7 @@ from torch import nn
 from torch_peers import as_matrix
 
 import fastsn
+from fastsn.weights.normalizer import Transient
 
 HALF = (torch.float16, torch.bfloat16)
 each_half = pytest.mark.parametrize("dtype", HALF)
@@ -115,10 +116,14 @@ def test_the_normalized_weight_comes_in_autocasts_type(dtype):
         nn.Sequential(fastsn.nn.SNConv2d(3, 8, 3), fastsn.nn.SNConv2d(8, 4, 3))
     )
     seen = []
+
+    class Noting(Transient):
+        def put(self, weight):
+            seen.append(weight)
+            super().put(weight)
+
     for layer in model:
-        layer.register_forward_pre_hook(
-            lambda module, args: seen.append(module.parametrizations.weight[0].pending[0])
-        )
+        layer.parametrizations.weight[0].transient.__class__ = Noting
     with torch.autocast("cpu", dtype=dtype):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert [weight.dtype for weight in seen] == [dtype, dtype]

@@ -27,14 +27,15 @@ from tolerances import assert_sum_no_worse
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fastsn import backends, functional, ops, reference, sharded
+from fastsn import backends, engine, ops, reference
+from fastsn.sharded import operators as sharded
 
 count, four = sharded_cases.count, sharded_cases.four
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 each_split = pytest.mark.parametrize("split", SPLITS)
-each_norm = pytest.mark.parametrize("norm", functional.NORMS)
+each_norm = pytest.mark.parametrize("norm", engine.NORMS)
 each_order = pytest.mark.parametrize("v_first", [False, True], ids=["u-first", "v-first"])
 
 

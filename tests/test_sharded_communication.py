@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fastsn import functional, reference, sharded, shares
+from fastsn import engine, reference
+from fastsn.sharded import operators as sharded
+from fastsn.sharded import shares
 
 count, four = sharded_cases.count, sharded_cases.four
 
@@ -43,7 +45,7 @@ def sent_on_rank(case: Case) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("norm", engine.NORMS)
 @pytest.mark.parametrize("v_first", [False, True], ids=["u-first", "v-first"])
 @pytest.mark.parametrize("iterations", ITERATIONS)
 def test_what_is_sent(four, count, split, norm, v_first, iterations):

@@ -273,7 +273,7 @@ def parallelize_copy(accelerated: bool) -> dict[str, Tensor]:
     if accelerated:
         fastsn.accelerate(model)  # takes over torch's
     else:
-        fastsn.layers.take_over(model)
+        fastsn.grouping.take_over(model)
         fastsn.parametrizations.install_shortcut(model.up, "weight")
     model = parallelize(copy.deepcopy(model))
     return train(model, batch)

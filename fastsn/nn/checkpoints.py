@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn import checkpoints, forms, functional, reference
+from fastsn import engine, layout
+from fastsn.checkpoints import convert, forms
+from fastsn.engine import Pass
 
 #: The entries of a batch norm's state dict.
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -37,13 +39,13 @@ def mean_only_state(
     state = {name: norm[name] for name in ("bias", "num_batches_tracked") if name in norm}
     if "running_mean" in norm:
         mean = norm["running_mean"]
-        mean = mean.to(reference.accumulate_type(mean))
+        mean = mean.to(layout.accumulate_type(mean))
         state["running_mean"] = (mean if shift is None else mean - shift) * factor
         # Batch norms of old did not count.
         state.setdefault("num_batches_tracked", torch.zeros((), dtype=torch.long))
     weight, var = norm.get("weight"), norm.get("running_var")
     if gain and var is not None:
-        value = (var.to(reference.accumulate_type(var)) + eps).rsqrt()
+        value = (var.to(layout.accumulate_type(var)) + eps).rsqrt()
         value = value if weight is None else value * weight
         state["gain"] = value / factor if factor else value
     elif gain and weight is not None:
@@ -56,8 +58,9 @@ def factor(norm: Any, weight: Tensor, u: list[Tensor], v: list[Tensor]) -> float
     """f in ``normalized weight = f * weight``, where u and v stay; 0 for a weight of zeros."""
     if weight.is_meta:
         return 1.0  # there are no numbers yet
-    normalized = functional.normalize(norm.call(weight.shape), [weight], u, v, [0])[0][0]
-    wide = reference.accumulate_type(weight)
+    work = Pass(norm.call(norm, weight.shape), [weight], u, v, [0])
+    normalized = engine.normalize(work)[0][0]
+    wide = layout.accumulate_type(weight)
     flat = weight.flatten().to(wide)
     square = float(flat.dot(flat))
     return float(flat.dot(normalized.flatten().to(wide))) / square if square else 0.0
@@ -70,7 +73,7 @@ def load_weight(layer: Any, state: dict[str, Any], prefix: str) -> float:
     was a plain one.
     """
     found = forms.read(state, prefix, "weight")
-    checkpoints.load(layer, state, prefix)
+    convert.load(layer, state, prefix)
     original, norm = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
     if found is None or found.form != "plain" or found.roles["weight"].shape != original.shape:
         return 1.0

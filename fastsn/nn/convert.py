@@ -330,7 +330,9 @@ def _join(layer: Any, norm: Any, gain: bool, process_group: Group, method: dict[
     factor = 1.0
     if not was_normalized:
         weight = layer.parametrizations.weight
-        factor = checkpoints.factor(weight[0], weight.original.detach(), *weight[0].vectors())
+        (norm_of,) = weight
+        u, v = norm_of.vectors(norm_of)
+        factor = checkpoints.factor(norm_of, weight.original.detach(), u, v)
     state = checkpoints.mean_only_state(
         old.state, eps=old.eps, gain=gain, shift=shift, factor=factor
     )

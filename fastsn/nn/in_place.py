@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrization
 
-from fastsn import autocast, functional, hooks, parametrizations, pickling
+from fastsn import engine, hooks, parametrizations
 from fastsn.means import Group
 from fastsn.nn import msn
 from fastsn.nn.modules import Normalized
+from fastsn.weights import autocast, classes, find, hooked, parametrized
 
 _MSN: dict[type[nn.Module], Any] = {
     cls.plain: cls
@@ -30,8 +30,8 @@ _MSN: dict[type[nn.Module], Any] = {
         msn.MSNConvTranspose3d,
     )
 }
-_PARAMETRIZATIONS = (_TorchParametrization, parametrizations._SpectralNorm)
-_HOOKS = (hooks.TorchHook, hooks.SpectralNorm)
+_PARAMETRIZATIONS = (parametrized.TorchParametrization, parametrized._SpectralNorm)
+_HOOKS = (hooked.TorchHook, hooked.SpectralNorm)
 
 
 def _plain(module: Any) -> type[nn.Module]:
@@ -41,12 +41,12 @@ def _plain(module: Any) -> type[nn.Module]:
 
 
 def _hook(module: nn.Module) -> Any:
-    return next((h for h in module._forward_pre_hooks.values() if type(h) in _HOOKS), None)
+    return next((w.norm for w in find.of_module(module) if type(w.norm) in _HOOKS), None)
 
 
 def check(n_power_iterations: int, eps: float, **method: Any) -> None:
     """Raises ValueError for keywords of a spectral norm that are not valid."""
-    functional.check_method(**method)
+    engine.check_method(**method)
     if n_power_iterations <= 0:
         raise ValueError(
             f"Expected n_power_iterations to be positive, but got {n_power_iterations=}"
@@ -115,21 +115,21 @@ def to_msn(
     cls = _MSN[_plain(layer)]
     found = _unhook(layer)
     if parametrize.is_parametrized(layer):
-        layer.parametrizations.weight[0].__class__ = parametrizations._SpectralNorm
-        pickling.rebuild(layer, cls)
+        parametrized.adopt(layer.parametrizations.weight[0])
+        classes.rebuild(layer, cls)
     else:
         layer.__class__ = cls
         if found is not None:
             hook, u, v = found
-            norm, scale, bound, zero_guard = hook.method
             method = {
                 "n_power_iterations": hook.n_power_iterations, "eps": hook.eps, "dim": hook.dim,
-                "norm": norm, "scale": scale, "bound": bound, "zero_guard": zero_guard,
+                **hook.method._asdict(),
             }  # fmt: skip
         parametrizations.spectral_norm(layer, **method)
         layer.parametrizations.train(layer.training)
         if found is not None:
-            new_u, new_v = layer.parametrizations.weight[0].vectors()
+            norm = layer.parametrizations.weight[0]
+            new_u, new_v = norm.vectors(norm)
             for new, old in zip(new_u + new_v, u + v, strict=True):
                 new.copy_(old)
     layer.norm = layer.parametrizations.weight[0].method.norm
@@ -142,7 +142,7 @@ def _unhook(layer: Any) -> tuple[hooks.SpectralNorm, list[Any], list[Any]] | Non
     hook = _hook(layer)
     if hook is None:
         return None
-    hook.__class__ = hooks.SpectralNorm
+    hooked.adopt(layer)
     weight = layer.weight_orig
     u, v = hook.vectors(layer)
     hooks.remove_spectral_norm(layer)

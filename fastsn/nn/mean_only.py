@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsn import means, recompute, reference
+from fastsn import layout, means, recompute
 from fastsn.means import Group
 from fastsn.nn import checkpoints
 
@@ -54,7 +54,7 @@ class MeanOnly:
         module.register_parameter("gain", nn.Parameter(ones) if gain else None)
         mean = count = None
         if track_running_stats:
-            mean = ones.new_zeros(channels, dtype=reference.accumulate_type(like))
+            mean = ones.new_zeros(channels, dtype=layout.accumulate_type(like))
             count = ones.new_zeros((), dtype=torch.long)
         module.register_buffer("running_mean", mean)
         module.register_buffer("num_batches_tracked", count)
@@ -110,7 +110,7 @@ class MeanOnly:
         super()._apply(fn, recurse)  # type: ignore[misc]
         after = self.running_mean
         if before is not None and after is not None:
-            wide = reference.accumulate_type(after)
+            wide = layout.accumulate_type(after)
             if after.dtype != wide:  # half() and its like round weights, but not statistics
                 self.running_mean = before.to(after.device, wide)
         return self

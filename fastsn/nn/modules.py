@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastsn import parametrizations, pickling
+from fastsn import parametrizations
+from fastsn.weights import classes
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -71,7 +72,7 @@ class Normalized:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Mixins before this one extend it.
-        return pickling.deep_copy(self, memo)  # type: ignore[arg-type]
+        return classes.deep_copy(self, memo)  # type: ignore[arg-type]
 
 
 class SNLinear(Normalized, nn.Linear):

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsn import autocast, means
+from fastsn import means
 from fastsn.means import Geometry, Group
 from fastsn.nn import checkpoints
 from fastsn.nn.mean_only import MeanOnly, check_momentum
 from fastsn.nn.modules import Normalized
+from fastsn.weights import autocast
 
 # A folded layer reads and corrects its input, the direct one reads and corrects its output. From
 # this many input elements per output element on the direct one is cheaper (benchmarks/NOTES.md).
@@ -141,7 +142,7 @@ _CONVOLUTIONS: dict[tuple[int, bool], Callable[..., Tensor]] = {
 class MeanNormalizedConvolution(MeanNormalized):
     """MSN for convolutions and transposed ones of every dimension."""
 
-    casts_weight = True  # see fastsn.autocast.casts
+    casts_weight = True  # see fastsn.weights.autocast
     out_channels: int
     in_channels: int
     kernel_size: tuple[int, ...]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastsn import autocast
+from fastsn.weights import autocast
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 

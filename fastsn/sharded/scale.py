@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastsn import backends, reference
-from fastsn.shares import Shares, constant, cuts, shares_of
+from fastsn import backends, layout
+from fastsn.sharded.shares import Shares, constant, cuts, shares_of
 
 
 class _Call(NamedTuple):
@@ -50,7 +50,7 @@ def scale(
     ``create_graph`` it is two numbers per weight, and the gradient's own backward another one.
 
     Raises:
-        TypeError, ValueError: see :func:`fastsn.shares.shares_of`.
+        TypeError, ValueError: see :func:`fastsn.sharded.shares.shares_of`.
         RuntimeError: in the backward, if the all-reduce failed.
     """
     shares = shares_of(weights)
@@ -89,7 +89,7 @@ class _Scale(torch.autograd.Function):
                 "a weight needed for gradient computation has been modified by an inplace "
                 "operation since it was normalized"
             )
-        with reference.full_precision(ctx.weights[0]):
+        with layout.full_precision(ctx.weights[0]):
             return None, *_gradients(ctx.call, ctx.weights, grads, ctx.needs_input_grad[1:])
 
 
@@ -164,7 +164,7 @@ def _gradients(
     """
     wide = call.snapshot.dtype
     slopes = _slopes(call, weights)
-    sigma = torch.stack(reference.sigmas_of(call.snapshot, call.layers))
+    sigma = torch.stack(layout.sigmas_of(call.snapshot, call.layers))
     zero = sigma.new_zeros(())
     parts: dict[int, Tensor] = {}  # of the gradients that there are
     dots, sums = [zero] * len(weights), [zero] * len(weights)

@@ -1,4 +1,4 @@
-"""Copies and pickles of parametrized modules.
+"""The classes of parametrized modules: quick reads, copies, pickles, sharding.
 
 torch gives every parametrized module a class made at run time, whose properties compute the
 weights. No pickle can name such a class, so torch refuses to try; and a deep copy shares it, so
@@ -12,26 +12,76 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import placements
+from fastsn.sharded import placements
+from fastsn.torch_internals import fsdp, parametrized
 
-__all__ = ["allow", "deep_copy", "rebuild"]
+__all__ = ["deep_copy", "rebuild", "teach"]
 
 
-def allow(module: nn.Module) -> None:
-    """Lets a parametrized module be pickled, and copied with a class of its own.
+def teach(module: nn.Module) -> None:
+    """Teaches the class that torch has made for a parametrized module all of the above.
 
     What its class from before says about copies and pickles itself stays.
     """
-    cls = placements.parametrized_class(module)
+    cls = parametrized.parametrized_class(module)
     before = cls.__bases__[0]
     cls.__setstate__ = _set_state
     if (before.__reduce_ex__, before.__reduce__) == (object.__reduce_ex__, object.__reduce__):
         cls.__reduce_ex__ = _reduce
     if not hasattr(before, "__deepcopy__"):
         cls.__deepcopy__ = deep_copy
+    cls.register_parameter = _register_parameter
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        _shorten(cls, name)
+
+
+def _shorten(cls: Any, name: str) -> None:
+    """Lets a read of ``module.<name>`` reach its normalizer without the way through torch.
+
+    Torch's property calls two modules and catches an exception, which costs more than normalizing a
+    small weight.
+    """
+    read = getattr(cls, name)
+    if not isinstance(read, property) or getattr(read.fget, "__name__", "") == "get_normalized":
+        return
+
+    def get_normalized(self: nn.Module) -> Tensor:
+        norms = self.__dict__["_modules"]["parametrizations"]._modules[name]
+        norm = norms._modules["0"]
+        # Without what torch's way would meet besides: other parametrizations, hooks, its cache.
+        if (
+            len(norms._modules) == 1
+            and "reads_directly" in type(norm).__dict__
+            and not parametrized.is_cached()
+        ):
+            weight = norm.source(self, name)
+            if weight is not None:
+                return norm.forward(weight)
+        return read.fget(self)  # type: ignore[misc]
+
+    setattr(cls, name, property(get_normalized, read.fset))
+
+
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    """What ``distribute_module`` and ``remove_parametrizations`` do to a parametrized module.
+
+    Raises:
+        RuntimeError: the module is distributed while its weight is parametrized.
+    """
+    lists = self._modules.get("parametrizations")
+    if lists is not None and placements.is_distributed(param):
+        for own, norms in lists.items():
+            if not placements.is_distributed(norms._parameters.get("original")):
+                raise RuntimeError(
+                    f"expected a plain layer to distribute, got {type(self).__name__}, whose "
+                    f"{own} is normalized already: call parallelize_module or distribute_module "
+                    "first, and spectral_norm after it"
+                )
+    super(parametrized.parametrized_class(self), self).register_parameter(name, param)
+    fsdp.moved_back(self, name, param)
 
 
 def rebuild(module: Any, plain: type[nn.Module]) -> None:
@@ -40,8 +90,9 @@ def rebuild(module: Any, plain: type[nn.Module]) -> None:
     Nothing is evaluated, so that nothing iterates.
     """
     module.__class__ = plain
-    _own_class(module)
-    _inject_properties(module)
+    parametrized.inject_class(module)
+    parametrized.inject_properties(module)
+    teach(module)
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -53,17 +104,6 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = new
     new.__setstate__(copy.deepcopy(state, memo))
     return new
-
-
-def _own_class(module: nn.Module) -> None:
-    parametrize._inject_new_class(module)
-    allow(module)
-    placements.install(module)
-
-
-def _inject_properties(module: Any) -> None:
-    for name in module._modules["parametrizations"]:
-        parametrize._inject_property(module, name)
 
 
 def _before(module: nn.Module) -> Any:
@@ -80,7 +120,8 @@ def _before(module: nn.Module) -> Any:
 def _blank(before: Any) -> nn.Module:
     """A module without contents, its class a parametrized one that is made for it."""
     module = before.__new__(before)
-    _own_class(module)
+    parametrized.inject_class(module)
+    type(module).__setstate__ = _set_state
     return module
 
 
@@ -90,7 +131,8 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     _before(module).__setstate__(module, state)
-    _inject_properties(module)
+    parametrized.inject_properties(module)
+    teach(module)
 
 
 def _state(module: Any) -> dict[str, Any]:

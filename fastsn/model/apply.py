@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastsn import autocast, biggan, hooks, parametrizations
+from fastsn import parametrizations
 from fastsn.grouping import accelerate
 from fastsn.means import Group
 from fastsn.nn import in_place
 from fastsn.nn.mean_only import check_momentum
 from fastsn.report import Report
+from fastsn.weights import autocast, find
 
 __all__ = ["Report", "apply"]
 
@@ -24,11 +25,7 @@ _LAYERS = (*autocast.LAYERS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
 
 def _is_normalized(module: nn.Module) -> bool:
-    return (
-        parametrize.is_parametrized(module, "weight")
-        or any(isinstance(hook, hooks.TorchHook) for hook in module._forward_pre_hooks.values())
-        or biggan.is_similar(module)
-    )
+    return parametrize.is_parametrized(module, "weight") or any(find.of_module(module))
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -8,45 +8,19 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrization
-from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
-from fastsn import biggan, hooks, parametrizations, placements
+from fastsn.sharded import placements
+from fastsn.weights import find
 
 __all__ = ["resync"]
 
 
-def _names(module: nn.Module) -> Iterator[str]:
-    """The buffers that hold u, v and what else moves with them, in every form of layer."""
-    weights = [
-        hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)
-    ]
-    if isinstance(module, TorchParametrization):
-        weights.append("")
-    for weight in weights:
-        for suffix in ("_u", "_v", "_u2", "_v2"):
-            yield weight + suffix
-    if biggan.is_taken_over(module) or biggan.is_similar(module):
-        yield from ("u0", "sv0")
-
-
-def _widen(module: nn.Module) -> None:
-    """Does now what the first forward of a narrow layer does, in this process or another."""
-    if isinstance(module, parametrizations._SpectralNorm) and "_u" in module._buffers:
-        module.vectors()
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, hooks.SpectralNorm):
-            hook.vectors(module)
-
-
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for prefix, module in model.named_modules():
-        _widen(module)
-        for name in _names(module):
-            vector = module._buffers.get(name)
-            if vector is not None:
-                found[f"{prefix}.{name}".lstrip(".")] = placements.plain(vector)
+    found: dict[str, Tensor] = {}
+    for weight in find.weights(model):
+        if weight.is_ours and weight.buffers():
+            weight.vectors()  # widens those of a narrow layer, as its first forward does
+        found |= {name: placements.plain(vector) for name, vector in weight.buffers().items()}
     return found
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of every spectral norm: detected when they are loaded, or converted as a whole.
 
-:mod:`fastsn.forms` knows a single weight; here are modules and state dicts.
+:mod:`fastsn.checkpoints.forms` knows a single weight; here are modules and state dicts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fastsn import forms
-from fastsn.forms import Found, Norm
+from fastsn.checkpoints import forms
+from fastsn.checkpoints.forms import Entry, Norm
+from fastsn.weights import find
 
 __all__ = ["convert_state_dict"]
 
@@ -31,6 +32,10 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
     """
     for norm in list(forms.norms(module)):
         assert norm.form is not None
+        if norm.is_ours and forms.keys_of(norm.form, prefix, norm.name).get("v") in state:
+            _trust(module, norm.name)
+        if forms.fits(forms.look(state, norm.form, prefix, norm.name), norm):
+            continue
         found = forms.read(state, prefix, norm.name)
         if found is None or (norm.form in forms.WITHOUT_V and "u2" in found.roles):
             continue
@@ -44,6 +49,13 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
         weight = roles["weight"]
         roles = {k: forms.widened(x, weight) if k in forms.VECTORS else x for k, x in roles.items()}
         state.update(forms.written(norm.form, prefix, norm.name, roles))
+
+
+def _trust(module: nn.Module, name: str) -> None:
+    """u and v of the hook form come from a checkpoint: they are not the random ones any more."""
+    for weight in find.of_module(module):
+        if weight.tensor_name == name and weight.is_ours:
+            weight.norm.drawn = None
 
 
 def install(module: nn.Module) -> None:
@@ -103,9 +115,9 @@ def _complain(state: Mapping[str, Any], key: str, prefix: str, name: str) -> Non
     )
 
 
-def _find(state: Mapping[str, Any], to: str, known: Mapping[str, Norm]) -> list[tuple[Found, Norm]]:
+def _find(state: Mapping[str, Any], to: str, known: Mapping[str, Norm]) -> list[tuple[Entry, Norm]]:
     """The normalized weights of a state dict, and how they are normalized."""
-    found: dict[tuple[str, str], tuple[Found, Norm]] = {}
+    found: dict[tuple[str, str], tuple[Entry, Norm]] = {}
     for key in state:
         prefix, name, is_sure = _place(key)
         norm = known.get(_canonical(prefix) + name)
@@ -120,7 +132,7 @@ def _find(state: Mapping[str, Any], to: str, known: Mapping[str, Norm]) -> list[
     return list(found.values())
 
 
-def _check(found: Found, to: str, norm: Norm) -> None:
+def _check(found: Entry, to: str, norm: Norm) -> None:
     """Raises ValueError for a weight that cannot be brought into the form ``to``."""
     keys = forms.keys_of(found.form, found.prefix, found.name)
     misfit = forms.misfit(found, norm)
@@ -140,7 +152,7 @@ def _check(found: Found, to: str, norm: Norm) -> None:
         raise ValueError(f"the form {to!r} has no place for BSN, which {keys['weight']!r} has")
 
 
-def _note(metadata: dict[str, Any], found: Found, to: str) -> None:
+def _note(metadata: dict[str, Any], found: Entry, to: str) -> None:
     """Brings the metadata of a state dict into another form."""
     module, name = found.prefix[:-1], found.name
     lists = [f"{found.prefix}parametrizations{end}" for end in ("", f".{name}", f".{name}.0")]

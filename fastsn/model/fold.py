@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import biggan, checkpoints, grouping, hooks, parametrizations, pickling
-from fastsn.layers import take_over
+from fastsn import hooks
+from fastsn.checkpoints import convert
+from fastsn.grouping import take_over
 from fastsn.nn.msn import MeanNormalized
+from fastsn.weights import biggan, classes, find, group
 
 T_module = TypeVar("T_module", bound=nn.Module)
 
@@ -42,13 +44,18 @@ def fold(model: T_module) -> T_module:
     folded = _copy(model)
     take_over(folded)
     for module in folded.modules():
-        grouping.remove(module)
+        group.remove(module)
     for module in list(folded.modules()):
-        _fold_parametrized(module)
-        _fold_hooked(module)
-        if biggan.is_taken_over(module):
-            biggan.fold(module)
-        checkpoints.uninstall(module)
+        weights = [weight for weight in find.of_module(module) if weight.is_ours]
+        _fold_parametrized(module, [w.tensor_name for w in weights if w.form == "parametrization"])
+        for weight in weights:
+            if weight.form == "hook":
+                requires_grad = weight.original().requires_grad
+                hooks.remove_spectral_norm(module, weight.tensor_name)
+                getattr(module, weight.tensor_name).requires_grad_(requires_grad)
+            if weight.form == "biggan":
+                biggan.fold(module)
+        convert.uninstall(module)
     return folded
 
 
@@ -64,17 +71,10 @@ def _copy(model: T_module) -> T_module:
 
 
 @torch.no_grad()
-def _fold_parametrized(module: Any) -> None:
-    if not parametrize.is_parametrized(module):
+def _fold_parametrized(module: Any, names: list[str]) -> None:
+    if not names:
         return
-    names = [
-        name
-        for name, norms in module.parametrizations.items()
-        if any(isinstance(norm, parametrizations._SpectralNorm) for norm in norms)
-    ]
-    before = parametrize.type_before_parametrizations(module)
-    if names:
-        pickling.rebuild(module, before)
+    classes.rebuild(module, parametrize.type_before_parametrizations(module))
     for name in names:
         norms = module.parametrizations[name].eval()
         value = norms()
@@ -90,11 +90,3 @@ def _fold_parametrized(module: Any) -> None:
         if isinstance(module, MeanNormalized):
             module.fold_mean()
         module.__class__ = type(module).__dict__["plain"]
-
-
-def _fold_hooked(module: nn.Module) -> None:
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, hooks.SpectralNorm):
-            requires_grad = getattr(module, f"{hook.name}_orig").requires_grad
-            hooks.remove_spectral_norm(module, hook.name)
-            getattr(module, hook.name).requires_grad_(requires_grad)

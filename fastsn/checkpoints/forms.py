@@ -23,12 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm as _TorchSpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm as _TorchHook
 
-from fastsn import biggan, functional, reference
-from fastsn.functional import Method
+from fastsn import engine, layout
+from fastsn.engine import Method, Pass
+from fastsn.weights import find
 
 _LIST = "parametrizations.{}."
 KEYS: dict[str, dict[str, str]] = {
@@ -56,13 +54,13 @@ class Norm(NamedTuple):
     name: str
     form: str | None = None
     dim: int | None = None
-    method: Method = functional.SN
+    method: Method = engine.SN
     eps: float = 1e-12
     shape: torch.Size | None = None
     is_ours: bool = False
 
 
-class Found(NamedTuple):
+class Entry(NamedTuple):
     """A weight of a state dict: the form it has, its roles, and all keys that belong to it."""
 
     prefix: str
@@ -74,31 +72,19 @@ class Found(NamedTuple):
 
 def norms(module: Any) -> Iterator[Norm]:
     """How the weights of this very module are normalized, by fastsn, torch, BigGAN or mimicry."""
-    if parametrize.is_parametrized(module):
-        for name, weights in module.parametrizations.items():
-            if isinstance(weights[0], _TorchSpectralNorm):
-                yield _norm_of(weights[0], name, "parametrization", weights.original)
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _TorchHook):
-            yield _norm_of(hook, hook.name, "hook", getattr(module, f"{hook.name}_orig"))
-    if biggan.is_similar(module):
-        yield Norm(
-            "weight",
-            "biggan",
-            1 if module.transpose else 0,
-            eps=module.eps,
-            shape=module.weight.shape,
-            is_ours=biggan.is_taken_over(module),
-        )
-    elif "sn_u" in module._buffers and "weight" in module._parameters:
-        yield Norm("weight", "mimicry", 0, shape=module.weight.shape)
-
-
-def _norm_of(norm: Any, name: str, form: str, weight: Tensor) -> Norm:
-    method = getattr(norm, "method", None)
-    return Norm(
-        name, form, norm.dim, method or functional.SN, norm.eps, weight.shape, method is not None
-    )
+    for weight in find.of_module(module):
+        if not weight.is_first:
+            continue
+        norm, shape = weight.norm, weight.original().shape
+        if weight.form == "biggan":
+            dim = 1 if module.transpose else 0
+            yield Norm("weight", "biggan", dim, eps=module.eps, shape=shape, is_ours=weight.is_ours)
+        elif weight.form == "mimicry":
+            yield Norm("weight", "mimicry", 0, shape=shape)
+        else:
+            method = getattr(norm, "method", None) or engine.SN
+            name, form, is_ours = weight.tensor_name, weight.form, weight.is_ours
+            yield Norm(name, form, norm.dim, method, norm.eps, shape, is_ours)
 
 
 # State dicts
@@ -108,7 +94,7 @@ def keys_of(form: str, prefix: str, name: str) -> dict[str, str]:
     return {role: prefix + key.format(name) for role, key in KEYS[form].items()}
 
 
-def look(state: Mapping[str, Any], form: str, prefix: str, name: str) -> Found:
+def look(state: Mapping[str, Any], form: str, prefix: str, name: str) -> Entry:
     """What there is of a weight in one form."""
     keys = {role: key for role, key in keys_of(form, prefix, name).items() if key in state}
     roles = {role: state[key] for role, key in keys.items()}
@@ -123,10 +109,10 @@ def look(state: Mapping[str, Any], form: str, prefix: str, name: str) -> Found:
     if form == "hook" and roles.keys() == {"weight", "u"} and prefix + name in state:
         taken.append(prefix + name)
         roles["sigma"] = _sigma_of_old(roles["weight"], state[prefix + name])
-    return Found(prefix, name, form, roles, taken)
+    return Entry(prefix, name, form, roles, taken)
 
 
-def missing(found: Found) -> list[str]:
+def missing(found: Entry) -> list[str]:
     """The keys without which a form is not whole."""
     form, roles = found.form, found.roles
     needed = set(KEYS[form]) - {"u2", "v2"}
@@ -140,7 +126,7 @@ def missing(found: Found) -> list[str]:
     return [key for role, key in keys.items() if role in needed and role not in roles]
 
 
-def others(state: Mapping[str, Any], found: Found) -> list[str]:
+def others(state: Mapping[str, Any], found: Entry) -> list[str]:
     """The keys of parametrizations besides the spectral norm."""
     if found.form != "parametrization":
         return []
@@ -148,7 +134,7 @@ def others(state: Mapping[str, Any], found: Found) -> list[str]:
     return [key for key in state if key.startswith(start) and key not in found.keys]
 
 
-def read(state: Mapping[str, Any], prefix: str, name: str) -> Found | None:
+def read(state: Mapping[str, Any], prefix: str, name: str) -> Entry | None:
     """The weight ``name`` of the module ``prefix`` in whatever form a state dict holds it.
 
     None if it is not there, or not all of it.
@@ -175,7 +161,7 @@ def written(form: str, prefix: str, name: str, roles: Roles) -> Roles:
 # From one form to another
 
 
-def misfit(found: Found, norm: Norm) -> str | None:
+def misfit(found: Entry, norm: Norm) -> str | None:
     """The role whose shape is not that of the others, or of the model."""
     roles, shape = found.roles, found.roles["weight"].shape
     if norm.shape is not None and shape != norm.shape:
@@ -189,14 +175,29 @@ def misfit(found: Found, norm: Norm) -> str | None:
     return None
 
 
+def fits(found: Entry, norm: Norm) -> bool:
+    """Whether a weight is in the form of the model's, whole, and needs nothing done to it."""
+    if found.form != norm.form or missing(found) or found.keys[len(found.roles) :]:
+        return False
+    wide = all(x.element_size() >= 4 for role, x in found.roles.items() if role in VECTORS)
+    # Of BSN the second vectors may be there or not, as the model's are.
+    kind = "bidirectional" if "u2" in found.roles else "matrix"
+    return wide and kind == _kind(norm) and not misfit(found, norm)
+
+
+def _kind(norm: Norm) -> str:
+    assert norm.shape is not None and norm.dim is not None
+    has_two = len(engine.estimate_dims(norm.shape, norm.dim, norm.method.norm)) > 1
+    return "bidirectional" if has_two else "matrix"
+
+
 def widened(vector: Tensor, weight: Tensor) -> Tensor:
     """A vector of u and v, in fp32 where it is narrower."""
-    return vector.to(torch.promote_types(vector.dtype, reference.accumulate_type(weight)))
+    return vector.to(torch.promote_types(vector.dtype, layout.accumulate_type(weight)))
 
 
-def _call(norm: Norm, dims: list[int]) -> functional.Call:
-    _, scale, bound, zero_guard = norm.method
-    return functional.make_call([dims], [scale], norm.eps, True, bound, zero_guard)
+def _call(norm: Norm, dims: list[int]) -> engine.Call:
+    return engine.make_call([dims], norm.method, norm.eps, True)
 
 
 def _vectors(roles: Roles) -> tuple[list[Tensor], list[Tensor]]:
@@ -211,8 +212,8 @@ def _sigma(norm: Norm, dims: list[int], roles: Roles) -> Tensor:
     """The absolute value of the estimate that vectors give."""
     call, u, v = _call(norm, dims), *_vectors(roles)
     weight = roles["weight"].detach()
-    snapshot = functional.iterate(call, [weight], u[: len(dims)], v[: len(dims)], [0])
-    return reference.sigmas_of(snapshot, call.layers)[0].abs()
+    snapshot = engine.iterate(Pass(call, [weight], u[: len(dims)], v[: len(dims)], [0]))
+    return layout.sigmas_of(snapshot, call.layers)[0].abs()
 
 
 def _dims(norm: Norm, roles: Roles) -> list[int]:
@@ -228,7 +229,7 @@ def _dims(norm: Norm, roles: Roles) -> list[int]:
         if len(fitting) > 1 and "v" in roles:
             dim = max(fitting, key=lambda d: float(_sigma(norm, [d], roles)))
     kind = "bidirectional" if "u2" in roles else norm.method.norm
-    return list(functional.estimate_dims(shape, dim, kind))
+    return list(engine.estimate_dims(shape, dim, kind))
 
 
 def _iterated(
@@ -240,7 +241,7 @@ def _iterated(
     vectors that depend on the shape only.
     """
     weight = weight.detach()
-    wide = reference.accumulate_type(weight)
+    wide = layout.accumulate_type(weight)
     generator = torch.Generator("cpu").manual_seed(0)
     rows = weight.shape[dim]
     start = []
@@ -250,13 +251,13 @@ def _iterated(
     if u is not None:
         start[0] = u.detach().to(weight.device, wide, copy=True)
     # zero_guard: a weight of zeros keeps vectors that another weight can use.
-    call = functional.make_call([(dim,)], [1.0], eps, True, False, True)
-    functional.iterate(call, [weight], start[:1], start[1:], [_STEPS if u is None else 1])
+    call = engine.make_call([(dim,)], Method(zero_guard=True), eps, True)
+    engine.iterate(Pass(call, [weight], start[:1], start[1:], [_STEPS if u is None else 1]))
     return start[0], start[1]
 
 
 def _sigma_of_old(weight: Tensor, normalized: Tensor) -> Tensor:
-    wide = reference.accumulate_type(weight)
+    wide = layout.accumulate_type(weight)
     norm = torch.linalg.vector_norm(weight.detach(), dtype=wide)
     return norm / torch.linalg.vector_norm(normalized.detach(), dtype=wide)
 
@@ -276,7 +277,7 @@ def _v_of_old(norm: Norm, dim: int, roles: Roles) -> Tensor:
     return cosine * v + (1 - cosine * cosine).sqrt() * away / length
 
 
-def _completed(found: Found, norm: Norm) -> Roles:
+def _completed(found: Entry, norm: Norm) -> Roles:
     """The roles with a u and a v for every matrix; those that were there stay as they are."""
     roles = dict(found.roles)
     dims = _dims(norm, roles)
@@ -290,7 +291,7 @@ def _completed(found: Found, norm: Norm) -> Roles:
 
 
 @torch.no_grad()
-def converted(found: Found, form: str, norm: Norm) -> Roles:
+def converted(found: Entry, form: str, norm: Norm) -> Roles:
     """The roles of a weight in another form."""
     weight = found.roles["weight"]
     if found.form == form == "plain" or {found.form, form} <= set(WITHOUT_V):
@@ -298,11 +299,11 @@ def converted(found: Found, form: str, norm: Norm) -> Roles:
     if weight.ndim == 1 and form == "parametrization":
         return {"weight": weight}
     if weight.ndim == 1 and (found.form, form) == ("parametrization", "plain"):
-        return {"weight": functional.normalize_vector(weight.detach(), norm.eps, norm.method)}
+        return {"weight": engine.normalize_vector(weight.detach(), norm.eps, norm.method)}
     roles = _completed(found, norm)
     if form == "plain":
         call, u, v = _call(norm, _dims(norm, roles)), *_vectors(roles)
-        return {"weight": functional.normalize(call, [weight.detach()], u, v, [0])[0][0]}
+        return {"weight": engine.normalize(Pass(call, [weight.detach()], u, v, [0]))[0][0]}
     if form in WITHOUT_V:
         roles["sigma"] = _sigma(norm, _dims(norm, roles), roles)
     return roles

@@ -26,11 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsn import backends, reference
-from fastsn.sharded_scale import scale
-from fastsn.shares import Cut, Shares, constant, cuts, shares_of
+from fastsn import backends, layout
+from fastsn.sharded.shares import Cut, Shares, constant, cuts, shares_of
 
-__all__ = ["estimate", "power_", "scale"]
+__all__ = ["estimate", "power_"]
 
 
 @torch.compiler.disable
@@ -51,14 +50,14 @@ def power_(
     first, or into rows and iterates v first.
 
     Raises:
-        TypeError, ValueError: see :func:`fastsn.shares.shares_of`.
+        TypeError, ValueError: see :func:`fastsn.sharded.shares.shares_of`.
         RuntimeError: an all-reduce failed.
         u and v are as they were then.
     """
     shares = shares_of(weights)
-    with torch.no_grad(), reference.full_precision(weights[0]):
+    with torch.no_grad(), layout.full_precision(weights[0]):
         local = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
-        wide = reference.accumulate_type(local[0])
+        wide = layout.accumulate_type(local[0])
         pairs = [x for pair in zip(u, v, strict=True) for x in pair]
         given = torch.cat([x.to(wide) for x in pairs])
         if given.is_meta:

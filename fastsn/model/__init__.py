@@ -1,0 +1,1 @@
+"""Calls for a whole model: accelerate, apply, fold, policies, caches, checks."""

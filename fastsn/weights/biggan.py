@@ -1,0 +1,129 @@
+"""Layers written as in BigGAN-PyTorch: a method ``W_()`` that returns the normalized weight.
+
+Such a layer keeps u as a buffer ``u0`` of shape (1, rows) and the last sigma as ``sv0``, and has
+the attributes ``num_svs``, ``num_itrs``, ``transpose`` and ``eps``. v comes first, then u. It
+iterates in eval mode too, from the same u, and then keeps nothing.
+
+``W_`` is replaced in the class that defines it, where it serves the instances that were taken over
+and leaves the others as they were: an attribute of the instance would be lost in pickles, and in
+the replicas of ``DataParallel`` it would refer to the original.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsn import engine, recompute
+from fastsn.engine import State
+from fastsn.weights.normalizer import Normalizer
+
+_NORMALIZER = "_fastsn_normalizer"
+
+
+class BigGanNorm(Normalizer):
+    """What marks an instance as taken over. Unpickling it replaces ``W_`` in its class again."""
+
+    form = "biggan"
+    v_first = True
+    keeps_sigma = True
+
+    def __init__(self, owner: type, is_folded: bool = False) -> None:
+        _replace(owner)
+        self.owner = owner
+        self.is_folded = is_folded
+        self.prepare()
+        self.v: Tensor | None = None  # of the last iteration, where the policy is "step"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BigGanNorm, (self.owner, self.is_folded), {"policy": self.policy}
+
+    def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """u, and room for the v that is never kept."""
+        u = holder.u0[0]
+        return [u], [u.new_empty(holder.weight.numel() // u.numel())]
+
+    def call(self, holder: Any, shape: torch.Size) -> engine.Call:
+        dims = [(1 if holder.transpose else 0,)]
+        return engine.make_call(dims, engine.SN, holder.eps, True)
+
+    def source(self, module: Any, name: str) -> Tensor | None:
+        return module._parameters.get(name) if of(module) is self else None
+
+    def state(
+        self, holder: Any, weight: Tensor, training: bool, u: list[Tensor], v: list[Tensor]
+    ) -> State:
+        """u, v and the iterations of a forward; when training u is updated.
+
+        Outside training every iteration starts from the same u, so that one does what many do.
+        """
+        moves = training and self.may_move(True) and not recompute.is_repeating()
+        if moves:
+            n = self.iterations(weight, holder.num_itrs)
+            if n:
+                self.v = v[0] if self.policy == "step" else None
+                return u, v, n
+            if self.v is not None and self.v.device == u[0].device:
+                return u, [self.v], 0
+        return [u[0].clone()], v, 1
+
+    @torch.no_grad()
+    def keep_sigma(self, holder: Any, sigma: Tensor) -> None:
+        """Writes ``sv0``, in training mode."""
+        if holder.training and not recompute.is_repeating():
+            holder.sv0.copy_(sigma)
+
+
+def _replace(owner: Any) -> None:
+    original = owner.__dict__["W_"]
+    if hasattr(original, "_is_fastsn"):
+        return
+
+    @functools.wraps(original)
+    def W_(self: Any) -> Tensor:
+        norm = self.__dict__.get(_NORMALIZER)
+        if norm is None:
+            return original(self)
+        return self.weight if norm.is_folded else norm.read(self, self.weight)
+
+    W_._is_fastsn = True  # type: ignore[attr-defined]
+    owner.W_ = W_
+
+
+def is_similar(module: Any) -> bool:
+    """Whether the layer is written in this way, with one singular value of a matrix as needed."""
+    return bool(
+        callable(getattr(module, "W_", None))
+        and all(name in module._buffers for name in ("u0", "sv0"))
+        and all(hasattr(module, name) for name in ("num_svs", "num_itrs", "transpose", "eps"))
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and module.num_svs == 1
+        and (not module.transpose or module.weight.ndim == 2)
+    )
+
+
+def of(module: Any) -> BigGanNorm | None:
+    """What normalizes the layer's weight, if it was taken over and is not folded."""
+    norm = module.__dict__.get(_NORMALIZER)
+    return None if norm is None or norm.is_folded else norm
+
+
+def adopt(module: Any) -> None:
+    """Makes fastsn compute the layer's weight from now on, if it is similar."""
+    if _NORMALIZER not in module.__dict__ and is_similar(module):
+        owner = next(cls for cls in type(module).__mro__ if "W_" in cls.__dict__)
+        module.__dict__[_NORMALIZER] = BigGanNorm(owner)
+
+
+def fold(module: Any) -> None:
+    """Makes the normalized weight, as eval mode computes it, the layer's plain weight."""
+    was_training = module.training
+    with torch.no_grad():
+        normalized = module.eval().W_()
+    module.train(was_training)
+    module.weight = nn.Parameter(normalized, requires_grad=module.weight.requires_grad)
+    del module._buffers["u0"], module._buffers["sv0"]
+    module.__dict__[_NORMALIZER].is_folded = True

@@ -1,0 +1,49 @@
+"""Normalized weights that the user has asked to remember, within ``fastsn.cached``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsn.weights import autocast
+
+# For each normalizer that is remembered: what has been read, by what it depends on besides the
+# weight. Of this thread alone: another one has not asked.
+_remembered: ContextVar[dict[Any, dict[Any, Tensor]] | None] = ContextVar(
+    "fastsn_remembered", default=None
+)
+
+
+@contextmanager
+def remembering(normalizers: Iterable[Any]) -> Iterator[None]:
+    """Within this context each of these keeps what it has read first."""
+    outer = _remembered.get() or {}
+    token = _remembered.set({**{norm: {} for norm in normalizers}, **outer})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
+def is_active() -> bool:
+    """Whether anything is remembered in this thread."""
+    return _remembered.get() is not None
+
+
+def of(normalizer: Any) -> dict[Any, Tensor] | None:
+    """What a normalizer has read since it began to remember; None where it does not."""
+    if torch.compiler.is_compiling():
+        return None
+    remembered = _remembered.get()
+    return None if remembered is None else remembered.get(normalizer)
+
+
+def kind(weight: Tensor) -> tuple[Any, ...]:
+    """What a normalized weight depends on besides the weight: whoever needs a graph gets one."""
+    needs_graph = torch.is_grad_enabled() and weight.requires_grad
+    return needs_graph, torch.is_inference_mode_enabled(), autocast.current(weight.device)

@@ -1,0 +1,183 @@
+"""The form of ``torch.nn.utils.spectral_norm``: a forward pre-hook that sets the weight."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
+
+from fastsn import engine
+from fastsn.engine import Method
+from fastsn.sharded import placements
+from fastsn.torch_internals import fsdp
+from fastsn.weights import normalizer
+from fastsn.weights.gathering import Unscaled
+from fastsn.weights.normalizer import Normalizer
+
+
+class SpectralNorm(Normalizer, TorchHook):
+    """The forward pre-hook: sets ``module.<name>`` to the normalized weight before each forward.
+
+    It *is* a torch ``SpectralNorm`` with the arithmetic replaced. A subclass may override
+    :meth:`compute_weight`, :meth:`reshape_weight_to_matrix` or :meth:`apply`, as those of torch's
+    class do. :func:`fastsn.accelerate` groups objects of this very class; those of subclasses serve
+    themselves.
+    """
+
+    form = "hook"
+    v_first = True
+
+    @classmethod
+    def apply(
+        cls,
+        module: nn.Module,
+        name: str,
+        n_power_iterations: int,
+        dim: int,
+        eps: float,
+        method: Method = engine.SN,
+    ) -> SpectralNorm:
+        """Registers the hook; see :func:`fastsn.spectral_norm` for what can go wrong."""
+        owner = fsdp.owner_of(module._parameters.get(name))
+        with placements.drawable(module, name):
+            hook: Any = TorchHook.apply(module, name, n_power_iterations, dim, eps)
+        fsdp.moved(owner, (module, name), (module, f"{name}_orig"))
+        hook.__class__ = cls
+        hook.method = method
+        weight = getattr(module, f"{name}_orig")
+        for other in engine.estimate_dims(weight.shape, dim, method.norm)[1:]:
+            (u,), (v,) = engine.init_vectors(placements.stand_in(weight), [other], eps)
+            module.register_buffer(f"{name}_u2", u)
+            module.register_buffer(f"{name}_v2", v)
+        names = [name + suffix for suffix in ("_u", "_u2", "_v", "_v2")]
+        drawn = [module._buffers[own] for own in names if own in module._buffers]
+        placements.agree(weight, drawn)  # type: ignore[arg-type]
+        hook.was_meta = weight.is_meta
+        hook.drawn = None if weight.is_meta else [x.clone() for x in drawn]  # type: ignore
+        hook.prepare()
+        _let_pickle(module)
+        return hook
+
+    def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return normalizer.vectors_in(holder._buffers, self.name)
+
+    def source(self, module: Any, name: str) -> Tensor | None:
+        if self not in module._forward_pre_hooks.values():
+            return None
+        original = module._parameters.get(f"{name}_orig")
+        return module._buffers.get(f"{name}_orig") if original is None else original
+
+    def put(self, module: Any, weight: Any) -> None:
+        # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
+        # out_proj without calling it, and no hook runs.
+        if not isinstance(weight, Unscaled):
+            setattr(module, self.name, weight)
+        elif isinstance(module, NonDynamicallyQuantizableLinear):
+            raise RuntimeError(
+                f"{self.name} is sharded by fully_shard, and MultiheadAttention reads it without "
+                "running hooks: use fastsn.parametrizations.spectral_norm instead"
+            )
+        super().put(module, weight)
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        """The normalized weight, after ``n_power_iterations`` steps (v, then u) if asked for.
+
+        u and v are updated in place, in the buffers' own storage: ``DataParallel`` relies on it.
+        """
+        weight = self._original(module)
+        if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
+            # A subclass with a matrix of its own: only torch's formula knows no more than that.
+            state = self.state(module, weight, do_power_iteration, *self.vectors(module))
+            return super().compute_weight(module, state[2] > 0)
+        if do_power_iteration == module.training:
+            return self.read(module, weight)
+        return self._compute(module, weight, do_power_iteration)
+
+    def _original(self, module: nn.Module) -> Tensor:
+        name = self.name + "_orig"
+        weight = module._parameters.get(name)
+        if weight is None:  # not a parameter of its own, or not there
+            weight = getattr(module, name, None)
+        if weight is None:
+            raise RuntimeError(
+                f"expected {self.name}_orig in {type(module).__name__}: this hook was moved to "
+                "another module, as quantize_dynamic does. Quantize fastsn.fold(model)"
+            )
+        return weight
+
+    def remove(self, module: nn.Module) -> None:
+        """Replaces the hook's attributes by a plain parameter that holds the normalized weight."""
+        weight = getattr(module, f"{self.name}_orig")
+        owner = fsdp.owner_of(weight)
+        fsdp.check_is_sharded(owner, weight)
+        super().remove(module)
+        fsdp.moved(owner, (module, f"{self.name}_orig"), (module, self.name))
+        fsdp.put_back(owner)
+        for suffix in ("_u2", "_v2"):
+            module._buffers.pop(self.name + suffix, None)
+        # torch looks for this hook but not within the wrapper that registration puts around it;
+        # left behind, it would demand the old keys of every checkpoint.
+        for key, registered in list(module._load_state_dict_pre_hooks.items()):
+            hook = getattr(registered, "hook", registered)
+            if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn is self:
+                del module._load_state_dict_pre_hooks[key]
+        if isinstance(module.__dict__.get("__getstate__"), _GetState):
+            del module.__dict__["__getstate__"]
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        weight = self.compute_weight(module, do_power_iteration=module.training)
+        own = module.__dict__
+        if torch.compiler.is_compiling() or self.name not in own:
+            setattr(module, self.name, weight)
+        else:  # what setattr does with a plain attribute, but for the search before
+            own[self.name] = weight
+        if "__getstate__" not in own and not torch.compiler.is_compiling():
+            _let_pickle(module)  # of a module that comes out of a copy or a pickle
+
+
+class _GetState:
+    """The ``__getstate__`` of a module with this form.
+
+    After a forward the module has its weight with a graph behind it, which refuses to be copied or
+    to be sent to another process. What copies and pickles get is the value.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        module: Any = self._module()
+        state = type(module).__getstate__(module)
+        if not isinstance(state, dict):
+            return state
+        state = dict(state)
+        state.pop("__getstate__", None)
+        values = {}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm) and isinstance(state.get(hook.name), Tensor):
+                normalized = state[hook.name]
+                state[hook.name] = values[id(normalized)] = normalized.detach()
+        if "_flat_weights" in state:  # of an RNN, which holds them twice
+            flat = state["_flat_weights"]
+            state["_flat_weights"] = [values.get(id(weight), weight) for weight in flat]
+        return state
+
+
+def _let_pickle(module: nn.Module) -> None:
+    module.__dict__["__getstate__"] = _GetState(module)
+
+
+def adopt(module: nn.Module) -> None:
+    """Makes the hooks of torch's class that a module has those of fastsn's, in place."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook) is TorchHook:
+            own: Any = hook
+            own.__class__ = SpectralNorm
+            own.was_meta = getattr(module, f"{hook.name}_u").is_meta
+            own.prepare()
+            _let_pickle(module)

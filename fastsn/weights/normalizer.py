@@ -1,0 +1,296 @@
+"""What all forms of a normalized weight share: the one read, and whether u and v move for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsn import engine, recompute
+from fastsn.engine import WARM_UP, Call, Method, Pass, State
+from fastsn.sharded import placements
+from fastsn.torch_internals import modes
+from fastsn.weights import autocast, cache, steps
+from fastsn.weights.gathering import Unscaled
+
+#: When a forward in training mode iterates.
+POLICIES = ("forward", "step", "frozen")
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Transient:
+    """What belongs to a normalizer and its replicas, and to no copy of it."""
+
+    def __init__(self) -> None:
+        self.frozen = 0  # the number of `fastsn.frozen` that are open
+        self.seen: object = None  # the weight that u and v have last moved for, of policy "step"
+        self.server: Any = None  # the group that serves this weight
+        # What that has left for the next read, by the thread that is to read it.
+        self.pending: dict[int, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Transient, ()
+
+    def put(self, weight: Any) -> None:
+        """Leaves a weight for the next read of this thread."""
+        self.pending[0 if torch.compiler.is_compiling() else threading.get_ident()] = weight
+
+    def take(self) -> Any:
+        """What was left for this thread, or None."""
+        if not self.pending:
+            return None
+        if torch.compiler.is_compiling():  # which knows no threads
+            return self.pending.pop(list(self.pending)[0])
+        return self.pending.pop(threading.get_ident(), None)
+
+
+class Normalizer:
+    """A mixin of the objects that normalize one weight.
+
+    The *holder* is the module whose buffers u and v are, and whose mode decides.
+    """
+
+    # Class attributes: objects of torch's classes become ones with this by changing their class.
+    form: str
+    v_first = False
+    keeps_sigma = False
+    method: Method = engine.SN
+    policy = "forward"
+    # u and v came without values, from the meta device, and nobody has seen any in them yet.
+    was_meta = False
+    # The random u and v of a form without warm-up, which nothing can depend on, until others come.
+    drawn: list[Tensor] | None = None
+    transient: Transient
+    dim: int
+    eps: float
+    n_power_iterations: int
+
+    def prepare(self) -> None:
+        """Adds what is not copied; before the first forward: the compiler sees what there is."""
+        self.transient = Transient()
+
+    # What a form says
+
+    def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """(u, v), one of each per estimate, in fp32 also where the module was made narrower."""
+        raise NotImplementedError
+
+    def call(self, holder: Any, shape: torch.Size) -> Call:
+        """The constants of a pass for a weight of this shape alone."""
+        return engine.call_for(shape, self.dim, self.method, self.eps, self.v_first)
+
+    def source(self, module: Any, name: str) -> Tensor | None:
+        """The weight of a layer as a grouped call may read it ahead of the layer's own read.
+
+        None where something might still change it, or where it is normalized no more.
+        """
+        raise NotImplementedError
+
+    def casts(self, module: Any, name: str) -> bool:
+        """Whether the weight may be put in the type that autocast would cast it to."""
+        return False
+
+    def put(self, module: Any, weight: Any) -> None:
+        """Leaves a normalized weight for the next read."""
+        self.transient.put(weight)
+
+    def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
+        """What a read of the layer's attribute returns, out of the normalized weight."""
+        return weight
+
+    def keep_sigma(self, holder: Any, sigma: Tensor) -> None:
+        """Takes note of the sigma of a forward; few forms do, and only in training mode."""
+
+    # What all do
+
+    def read(self, holder: Any, weight: Tensor) -> Tensor:
+        """The normalized weight, for one use of it: left by a grouped call, or computed now."""
+        transient = self.transient
+        if transient.pending or recompute.is_repeating():
+            given = recompute.take(transient.take(), self, holder.training)
+            if given is not None:
+                return self._settled(given, holder, weight)
+        kept = cache.of(self)
+        if kept is None:
+            return self._compute(holder, weight, holder.training)
+        kind = cache.kind(weight)
+        if kind not in kept:
+            # What is remembered has moved u and v already.
+            kept[kind] = self._compute(holder, weight, holder.training and not kept)
+        return kept[kind]
+
+    def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
+        state = self.state(holder, weight, training, *self.vectors(holder))
+        work = Pass(self.call(holder, weight.shape), [weight], *state[:2], [state[2]])
+        normalized, snapshot = normalize((self, "own"), work, lambda: self.may_move(training))
+        if self.keeps_sigma:
+            self.keep_sigma(holder, snapshot[-1])
+        return normalized[0]
+
+    def _settled(self, given: Tensor | Unscaled, holder: Any, weight: Tensor) -> Tensor:
+        """A weight that was left, in the type that is right for its use.
+
+        Where the weight was sharded when the group was served, it is normalized here.
+        Where autocast has been turned off in between, it is computed again with the same u and v.
+        """
+        if isinstance(given, Unscaled):
+            given = given.normalized(weight)
+        if autocast.fits(given, weight):
+            return given
+        call = self.call(holder, weight.shape)
+        return engine.normalize(Pass(call, [weight], *self.vectors(holder), [0]))[0][0]
+
+    def state(
+        self, holder: Any, weight: Tensor, training: bool, u: list[Tensor], v: list[Tensor]
+    ) -> State:
+        """u, v and the iterations of the forward that comes now.
+
+        Where u and v are to stay, the ones given back may be others, for this forward alone.
+        """
+        if self.was_meta:
+            self._settle(holder, weight, u, v)
+        moves = training and self.may_move(True) and not recompute.is_repeating()
+        n = self.iterations(weight, self.n_power_iterations) if moves else 0
+        if self.drawn is not None:
+            if n:
+                self.drawn = None
+            # What is traced before any training must not depend on them either.
+            elif not modes.is_transformed() and (not modes.is_eager() or self._are_drawn(u + v)):
+                return [x.clone() for x in u], [x.clone() for x in v], WARM_UP
+        return u, v, n
+
+    def may_move(self, training: bool) -> bool:
+        """Whether u and v move in a forward in this mode, as far as the user has said."""
+        return training and self.policy != "frozen" and not self.transient.frozen
+
+    def iterations(self, weight: Tensor, n_power_iterations: int) -> int:
+        """How many steps a forward does that may move u and v."""
+        if self.policy == "forward":
+            return n_power_iterations
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "expected update policy 'forward' or 'frozen' under torch.compile, got 'step': "
+                "a compiled graph cannot tell whether a weight has changed. Compile the layers "
+                "of a model that fastsn.accelerate serves, or use fastsn.frozen"
+            )
+        stamp = steps.stamp(weight)
+        if stamp == self.transient.seen:
+            return 0
+        self.transient.seen = stamp
+        return n_power_iterations
+
+    def _are_drawn(self, vectors: list[Tensor]) -> bool:
+        """Whether u and v are still the random ones; once they are not, nobody asks again."""
+        assert self.drawn is not None
+        for vector, drawn in zip(vectors, self.drawn, strict=True):
+            # Nearly: the module may have been made narrower in between.
+            if not torch.allclose(vector.detach().to(drawn), drawn, rtol=0, atol=1e-2):
+                self.drawn = None
+                return False
+        return True
+
+    def _settle(self, holder: Any, weight: Tensor, u: list[Tensor], v: list[Tensor]) -> None:
+        """Gives u and v values where those that came from the meta device have none.
+
+        The same ones in every process: no random number of the user's is spent on them.
+        """
+        if weight.is_meta:
+            return
+        call = self.call(holder, weight.shape)
+        if not are_units(u + v):
+            restart(call, weight, u, v, torch.Generator(weight.device).manual_seed(0))
+        # A weight that has no values yet either would spoil them.
+        sigma = engine.iterate(Pass(call, [weight.detach()], u, v, [0]))[-1]
+        self.was_meta = not bool(sigma.isfinite())
+
+
+def normalize(owner: Any, work: Pass, may_move: Callable[[], bool]) -> tuple[list[Tensor], Tensor]:
+    """:func:`fastsn.engine.normalize`, where a forward that is repeated uses the first's snapshot.
+
+    ``may_move``: whether u and v could have moved since a first forward of which nothing is known.
+    """
+    if not modes.is_eager():
+        return engine.normalize(work)
+    snapshot = _snapshot_of_first(owner, may_move)
+    if snapshot is not None:
+        return engine.scale(work.call, work.weights, snapshot, work.dtype), snapshot
+    normalized, snapshot = engine.normalize(work)
+    recompute.record(owner, snapshot, any(work.n_power_iterations))
+    return normalized, snapshot
+
+
+def iterate(owner: Any, work: Pass, may_move: Callable[[], bool]) -> Tensor:
+    """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
+    if not modes.is_eager():
+        return engine.iterate(work)
+    snapshot = _snapshot_of_first(owner, may_move)
+    if snapshot is None:
+        snapshot = engine.iterate(work)
+        recompute.record(owner, snapshot, any(work.n_power_iterations))
+    return snapshot
+
+
+def _snapshot_of_first(owner: Any, may_move: Callable[[], bool]) -> Tensor | None:
+    return recompute.replay(owner)
+
+
+@torch.no_grad()
+def restart(
+    call: Call,
+    weight: Tensor,
+    u: list[Tensor],
+    v: list[Tensor],
+    generator: torch.Generator | None = None,
+) -> None:
+    """Draws u and v anew, in place, and iterates them for the weight.
+
+    For a weight that is not finite they stay as drawn: a first value must not spoil all later ones.
+    """
+    like = placements.stand_in(weight)
+    new_u, new_v = engine.init_vectors(like, call.dims, call.eps, generator)
+    drawn = [x for pair in zip(new_u, new_v, strict=True) for x in pair]
+    placements.agree(weight, drawn)
+    _write(u + v, new_u + new_v)
+    engine.iterate(Pass(call, [weight], u, v, [WARM_UP]))
+    if not are_units(u + v):
+        _write(u + v, new_u + new_v)
+
+
+def _write(vectors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for vector, value in zip(vectors, values, strict=True):
+        vector.copy_(value)
+
+
+def are_units(vectors: list[Tensor]) -> bool:
+    """Whether these are u and v of some weight, and not what memory happened to hold."""
+    norms = torch.stack([torch.linalg.vector_norm(vector.detach()) for vector in vectors])
+    return bool(((norms - 1).abs() < 1e-2).all())
+
+
+def is_usable(vector: Tensor) -> bool:
+    """Whether the operators can work on it as it is, without rounding."""
+    return type(vector) is Tensor and vector.element_size() >= 4
+
+
+def vectors_in(buffers: dict[str, Any], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """(u, v) of the weight, one of each per estimate, widened to fp32 where they are narrower.
+
+    The weight's type shall not round them, and sigma with them.
+    """
+    u, v = buffers[name + "_u"], buffers[name + "_v"]
+    second = name + "_u2"
+    if second not in buffers and is_usable(u) and is_usable(v):
+        return [u], [v]
+    names = [name + suffix for suffix in ("_u", "_v", "_u2", "_v2") if name + suffix in buffers]
+    for own in names:
+        vector = buffers[own]
+        if not is_usable(vector):
+            vector = placements.plain(vector)  # distribute_module makes DTensors of buffers
+            wide = torch.promote_types(vector.dtype, torch.float32)
+            buffers[own] = vector.to(wide)
+    vectors = [buffers[own] for own in names]
+    return vectors[::2], vectors[1::2]
