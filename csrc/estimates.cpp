@@ -131,6 +131,44 @@ std::vector<at::Tensor> as_dense(at::TensorList weights) {
 }
 
 at::ScalarType accumulate_type(at::TensorList weights) {
+  return weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet kWrappers{
+      Key::Python,    Key::FuncTorchBatched, Key::FuncTorchGradWrapper,
+      Key::Batched,   Key::Functionalize,    Key::NestedTensor,
+      Key::ZeroTensor};
+  return tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_meta() &&
+      !tensor.key_set().has_any(kWrappers) && tensor.has_storage() &&
+      !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
+int64_t bytes_needed(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return 0;
+  }
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
+int64_t bytes_found(const at::Tensor& tensor) {
+  return static_cast<int64_t>(tensor.storage().nbytes());
+}
+
+void check_storage(const at::Tensor& tensor, const char* name, int64_t index) {
+  const int64_t needed = bytes_needed(tensor);
+  const int64_t found = bytes_found(tensor);
+  TORCH_CHECK(
+      needed <= found, "fastsn: ", name, index < 0 ? "" : c10::str("[", index, "]"), " of shape ",
+      tensor.sizes(), " needs a storage of ", needed, " bytes, got one of ", found, " bytes");
+}
+
+void check_weights(at::TensorList weights) {
   TORCH_CHECK(!weights.empty(), "fastsn: expected at least one weight, got none");
   const auto device = weights[0].device();
   const bool is_double = weights[0].scalar_type() == at::kDouble;
@@ -149,8 +187,8 @@ at::ScalarType accumulate_type(at::TensorList weights) {
         (type == at::kDouble) == is_double,
         "fastsn: float64 weights cannot share a call with other types, got ",
         weights[0].scalar_type(), " and ", type);
+    check_storage(weights[l], "weights", static_cast<int64_t>(l));
   }
-  return is_double ? at::kDouble : at::kFloat;
 }
 
 namespace {
@@ -166,6 +204,7 @@ void check_vector(
   TORCH_CHECK(
       x.is_floating_point(), "fastsn: ", name, "[", index, "] must be floating point, got ",
       x.scalar_type());
+  check_storage(x, name, static_cast<int64_t>(index));
 }
 
 }  // namespace
@@ -200,6 +239,7 @@ void check_snapshot(
       "fastsn: expected a contiguous ", accumulate_type(weights), " snapshot of ",
       estimates.snapshot_numel, " elements on ", weights[0].device(), ", got ",
       snapshot.scalar_type(), " of shape ", snapshot.sizes(), " on ", snapshot.device());
+  check_storage(snapshot, "snapshot");
 }
 
 void check_gradients(at::TensorList grads, at::TensorList weights) {
@@ -213,6 +253,7 @@ void check_gradients(at::TensorList grads, at::TensorList weights) {
         "fastsn: expected a floating point gradient of shape ", weights[l].sizes(), " on ",
         weights[l].device(), ", got ", grads[l].scalar_type(), " of shape ", grads[l].sizes(),
         " on ", grads[l].device());
+    check_storage(grads[l], "grads", static_cast<int64_t>(l));
   }
 }
 

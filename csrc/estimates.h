@@ -61,8 +61,19 @@ std::vector<at::Tensor> as_dense(at::TensorList weights);
 // fp64 for fp64 weights, fp32 for everything narrower.
 at::ScalarType accumulate_type(at::TensorList weights);
 
-// Errors, before anything is changed: u, v and n_power_iterations of power_; snapshot and scales of
-// scale and scale_backward.
+// Whether it is a strided tensor with a storage of its own and nothing else: not one on the meta
+// device, a subclass that computes in its own way, or a wrapper of torch.func.
+bool is_plain(const at::Tensor& tensor);
+
+// Bytes that a strided tensor reaches from the beginning of its storage on, and that there are.
+int64_t bytes_needed(const at::Tensor& tensor);
+int64_t bytes_found(const at::Tensor& tensor);
+
+// Errors, before anything is read or changed: weights; u, v and n_power_iterations of power_;
+// snapshot and scales of scale and scale_backward. They include storages that are too small: what
+// shards parameters leaves tensors without one behind.
+void check_storage(const at::Tensor& tensor, const char* name, int64_t index = -1);
+void check_weights(at::TensorList weights);
 void check_vectors(
     const Estimates& estimates, at::TensorList weights, at::TensorList u, at::TensorList v,
     at::IntArrayRef n_power_iterations);

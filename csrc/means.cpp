@@ -1,5 +1,7 @@
 #include "means.h"
 
+#include "estimates.h"
+
 #include <algorithm>
 
 namespace fastsn {
@@ -27,6 +29,7 @@ at::ScalarType wide_type(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(
       tensor.layout() == at::kStrided, "fastsn: ", name, " must be strided (dense), got ",
       tensor.layout());
+  check_storage(tensor, name);
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 

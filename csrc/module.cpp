@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 #include "cuda/versions.h"
+#include "estimates.h"
 #include "ops.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -40,6 +41,60 @@ std::pair<std::vector<at::Tensor>, at::Tensor> normalize(
       fastsn::scale(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype), snapshot};
 }
 
+// Whether it could be an argument of the operators as it is.
+const at::Tensor* usable(const py::handle& item) {
+  if (!THPVariable_Check(item.ptr())) {
+    return nullptr;
+  }
+  const auto& tensor = THPVariable_Unpack(item.ptr());
+  return fastsn::is_plain(tensor) && tensor.is_floating_point() &&
+          fastsn::bytes_needed(tensor) <= fastsn::bytes_found(tensor)
+      ? &tensor
+      : nullptr;
+}
+
+bool is_weight(const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// For every weight whether one call with others could serve it, with its u and v, as they are.
+// What is odd about the rest, the callers find out one by one; nothing here is an error.
+std::vector<bool> present(
+    const py::list& weights, const py::list& u, const py::list& v,
+    const std::vector<int64_t>& layers, const std::vector<int64_t>& dims) {
+  const size_t count = layers.size();
+  std::vector<bool> result(weights.size(), false);
+  if (u.size() != count || v.size() != count || dims.size() != count) {
+    return result;
+  }
+  std::vector<bool> is_odd(weights.size(), false);
+  const auto fits = [&](const at::Tensor& weight, size_t e) {
+    const auto* const own_u = usable(u[e]);
+    const auto* const own_v = usable(v[e]);
+    if (own_u == nullptr || own_v == nullptr || dims[e] < 0 || dims[e] >= weight.dim()) {
+      return false;
+    }
+    int64_t cols = 1;
+    for (int64_t d = 0; d < weight.dim(); ++d) {
+      cols *= d == dims[e] ? 1 : weight.size(d);
+    }
+    return own_u->sizes() == at::IntArrayRef{weight.size(dims[e])} &&
+        own_v->sizes() == at::IntArrayRef{cols} && own_u->device() == weight.device() &&
+        own_v->device() == weight.device();
+  };
+  for (size_t e = 0; e < count; ++e) {
+    if (layers[e] < 0 || layers[e] >= static_cast<int64_t>(weights.size())) {
+      continue;
+    }
+    const auto layer = static_cast<size_t>(layers[e]);
+    const auto* const weight = usable(weights[layer]);
+    result[layer] = weight != nullptr && is_weight(*weight) && !is_odd[layer] && fits(*weight, e);
+    is_odd[layer] = !result[layer];
+  }
+  return result;
+}
+
 // What changes when one of the tensors does, as far as torch can tell: version counters, addresses,
 // strides and types. None where one is a subclass that may hide its memory, or counts no versions.
 std::optional<py::bytes> versions(const py::list& list) {
@@ -70,5 +125,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_capability", &fastsn::cpu_capability);
   m.def("normalize", &normalize);
+  m.def("present", &present);
   m.def("versions", &versions);
 }

@@ -31,5 +31,17 @@ def normalize(
 ) -> tuple[list[Tensor], Tensor]:
     """``power_`` (``estimate``, where nothing iterates), then ``scale``: lists are passed once."""
 
+def present(
+    weights: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    layers: Sequence[int],
+    dims: Sequence[int],
+) -> list[bool]:
+    """For every weight whether a call of the operators could serve it, u and v as they are.
+
+    They are plain floating tensors on one device, of shapes that fit, with storages large enough.
+    """
+
 def versions(tensors: Sequence[Tensor]) -> bytes | None:
     """What changes when a tensor does, as far as torch can tell; None for subclasses and such."""

@@ -24,6 +24,7 @@ __all__ = [
     "patch_mean",
     "patch_mean_backward",
     "power_",
+    "present",
     "scale",
     "scale_backward",
     "versions",
@@ -37,7 +38,20 @@ patch_mean = torch.ops.fastsn.patch_mean.default
 patch_mean_backward = torch.ops.fastsn.patch_mean_backward.default
 mean_bias = torch.ops.fastsn.mean_bias.default
 normalize = _C.normalize
+present = _C.present
 versions = _C.versions
+
+
+def _check_device(device: torch.device, **arguments: Sequence[Tensor] | Tensor | None) -> None:
+    """Compiled kernels say the same. One meta tensor suffices to get here instead."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        is_list = not isinstance(value, Tensor)
+        for k, x in enumerate(value if is_list else [value]):
+            if x.device != device:
+                own = f"{name}[{k}]" if is_list else name
+                raise RuntimeError(f"fastsn: {own} must be on {device}, got {x.device}")
 
 
 def _snapshot_like(weights: Sequence[Tensor], layers: Sequence[int], dims: Sequence[int]) -> Tensor:
@@ -55,21 +69,25 @@ def _results_like(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -
 
 @torch.library.register_fake("fastsn::power_")
 def _(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard):  # type: ignore[no-untyped-def]
+    _check_device(weights[0].device, weights=weights, u=u, v=v)
     return _snapshot_like(weights, layers, dims)
 
 
 @torch.library.register_fake("fastsn::estimate")
 def _(weights, u, v, layers, dims):  # type: ignore[no-untyped-def]
+    _check_device(weights[0].device, weights=weights, u=u, v=v)
     return _snapshot_like(weights, layers, dims)
 
 
 @torch.library.register_fake("fastsn::scale")
 def _(weights, snapshot, layers, dims, scales, bound, zero_guard, dtype=None):  # type: ignore[no-untyped-def]
+    _check_device(weights[0].device, weights=weights, snapshot=snapshot)
     return _results_like(weights, dtype)
 
 
 @torch.library.register_fake("fastsn::scale_backward")
 def _(grads, weights, snapshot, layers, dims, scales, bound, zero_guard):  # type: ignore[no-untyped-def]
+    _check_device(weights[0].device, weights=weights, grads=grads, snapshot=snapshot)
     return _results_like(weights)
 
 
@@ -92,6 +110,7 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fastsn::mean_bias")
 def _(weight, patches, gain, beta, groups, transposed):  # type: ignore[no-untyped-def]
+    _check_device(weight.device, patches=patches, gain=gain, beta=beta)
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     wide = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_empty(out), weight.new_empty(out, dtype=wide)

@@ -72,6 +72,16 @@ def iterate(
     return u, v, torch.vdot(u, matrix @ v)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x / |x|, however large or small the elements of x are; zeros where x is 0."""
+    if x.numel() == 0:
+        return x
+    smallest = torch.finfo(x.dtype).tiny
+    # After this the squares of the elements neither overflow nor vanish.
+    x = x / x.abs().max().clamp_min(smallest)
+    return x / torch.linalg.vector_norm(x).clamp_min(smallest)
+
+
 def power_(
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
@@ -85,9 +95,13 @@ def power_(
 ) -> Tensor:
     """Iterates, writes u and v back in place, and returns the snapshot.
 
-    Layer ``l`` iterates ``n_power_iterations[l]`` times; 0 leaves its u and v alone. With
-    ``zero_guard`` the u and v of a matrix whose sigma comes out as 0 stay as they were (without
-    it they turn to 0 and can never recover).
+    Layer ``l`` iterates ``n_power_iterations[l]`` times. With ``zero_guard`` the u and v of a
+    matrix whose sigma comes out as 0 stay as they were (without it they turn to 0 and can never
+    recover).
+
+    Where a layer does not iterate, u and v are directions of any length, such as averages of unit
+    vectors: sigma = u^H M v / (|u| |v|). The snapshot has the unit vectors; u and v stay as
+    they are. ``eps`` plays no part in this.
     """
     vectors: list[Tensor] = []
     sigmas: list[Tensor] = []
@@ -96,6 +110,8 @@ def power_(
             weight = weights[layer].detach()  # forward-mode derivatives heed no no_grad()
             matrix = to_matrix(weight, dim).to(accumulate_type(weight))
             new_u, new_v = u[e].to(matrix.dtype), v[e].to(matrix.dtype)
+            if n_power_iterations[layer] == 0:
+                new_u, new_v = unit(new_u), unit(new_v)
             sigma = torch.vdot(new_u, matrix @ new_v)
             first = e == 0 or layers[e - 1] != layer
             for _ in range(n_power_iterations[layer]):
@@ -119,7 +135,7 @@ def estimate(
     layers: Sequence[int],
     dims: Sequence[int],
 ) -> Tensor:
-    """The snapshot for u and v as they are: :func:`power_` with no iteration."""
+    """The snapshot for the directions of u and v as they are: :func:`power_` at rest."""
     none = [0] * len(weights)
     return power_(weights, u, v, layers, dims, none, 0.0, False, False)
 

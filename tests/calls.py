@@ -84,15 +84,16 @@ class Call:
         return Results(vectors, normalized, gradients, list(snapshot[-len(live.layers) :].unbind()))
 
 
-def make_call(weights, dims=0, norm="matrix", iterations=1, **kwargs) -> Call:
-    """A call for these weights; `dims` and `iterations` are one for all of them, or one each.
+def make_call(weights, dims=0, norm="matrix", iterations=1, lengths=1.0, **kwargs) -> Call:
+    """A call for these weights; `dims`, `iterations` and `lengths` are one for all, or one each.
 
-    u and v have seen some iterations, as in training: with random ones sigma is a sum whose terms
-    cancel, and the roundings of every implementation are blown up.
+    u and v, of these lengths, have seen some iterations, as in training: with random ones sigma is
+    a sum whose terms cancel, and the roundings of every implementation are blown up.
     """
     count = len(weights)
     dims = [dims] * count if isinstance(dims, int) else dims
     iterations = [iterations] * count if isinstance(iterations, int) else iterations
+    lengths = [lengths] * count if isinstance(lengths, float) else lengths
     own = [estimate_dims(w.shape, dim, norm) for w, dim in zip(weights, dims, strict=True)]
     layers = [layer for layer, dims in enumerate(own) for _ in dims]
     flat = [dim for dims in own for dim in dims]
@@ -103,8 +104,8 @@ def make_call(weights, dims=0, norm="matrix", iterations=1, **kwargs) -> Call:
         x, y = (torch.randn(length, dtype=torch.float64) for length in matrix.shape)
         for _ in range(5):
             x, y, _ = reference.iterate(matrix, x, y, 1e-12, v_first=True)
-        u.append(x.to(weight.dtype))
-        v.append(y.to(weight.dtype))
+        u.append((lengths[layer] * x).to(weight.dtype))
+        v.append((lengths[layer] * y).to(weight.dtype))
     call = Call(weights, u, v, layers, flat, iterations, [1.0] * count)
     return replace(call, **kwargs)
 
@@ -158,4 +159,5 @@ def assert_same(a: Results, b: Results) -> None:
 
 def large_call(v_first: bool) -> Call:
     weights = [random(700, 300), random(64, 3, 3, 3), random(20, 300, 40), random(3, 5)]
-    return make_call(weights, [0, 0, 1, 0], "bidirectional", [1, 2, 1, 0], v_first=v_first)
+    call = make_call(weights, [0, 0, 1, 0], "bidirectional", [1, 2, 1, 0], lengths=2.0)
+    return replace(call, v_first=v_first)

@@ -69,10 +69,12 @@ class TestNumbers:
     @each_type
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_sizes(self, shape, dtype, v_first):
-        cases = [(dim, n) for dim in {0, min(1, len(shape) - 1), len(shape) - 1} for n in (0, 1, 3)]
+        each = {0, min(1, len(shape) - 1), len(shape) - 1}
+        moments = [(0, 0.3), (0, 1.0), (0, 2.0), (1, 2.0), (3, 1.0)]
+        cases = [(dim, *moment) for dim in each for moment in moments]
         weights = [random(*shape, dtype=dtype) for _ in cases]
-        dims, iterations = (list(column) for column in zip(*cases, strict=True))
-        check(make_call(weights, dims, iterations=iterations, v_first=v_first))
+        dims, iterations, lengths = (list(column) for column in zip(*cases, strict=True))
+        check(make_call(weights, dims, iterations=iterations, lengths=lengths, v_first=v_first))
 
     @each_order
     @each_type
@@ -132,6 +134,53 @@ class TestNumbers:
         for a, b in zip(strided.u + strided.v, call.u + call.v, strict=True):
             assert a.stride() == (2,) and torch.equal(a, b)
 
+    @each_type
+    @pytest.mark.parametrize("vector_dtype", ALL_TYPES, ids=str)
+    @pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+    def test_vectors_of_any_length_at_rest(self, norm, vector_dtype, dtype):
+        """Averages of unit vectors are shorter than these. Beside some that iterate."""
+        iterations, lengths = [0, 1, 0, 2, 0], [0.3, 0.3, 2.0, 2.0, 1.0]
+        weights = [random(9, 7, 10, dtype=dtype).transpose(1, 2) for _ in iterations]
+        call = make_call(weights, [0, 1, 1, 0, 2], norm, iterations, lengths)
+        call.u, call.v = (
+            [torch.stack([x, x], 1)[:, 0].to(vector_dtype) for x in side]
+            for side in (call.u, call.v)
+        )
+        check(call)
+        before = call.copy()
+        call.power(reference)
+        for e, layer in enumerate(call.layers):
+            is_kept = torch.equal(call.u[e], before.u[e]) and torch.equal(call.v[e], before.v[e])
+            assert is_kept == (iterations[layer] == 0)
+
+    @pytest.mark.parametrize(
+        "dtype, length",
+        [
+            (torch.float32, 1e30), (torch.float32, 3e38), (torch.float32, 1e-30),
+            (torch.float32, 1e-40), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-30),
+            (torch.float64, 1e200), (torch.float64, 1e-200), (torch.float64, 1e-310),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("shape", [(3, 5), (70, 90), (20, 40_000)], ids=str)
+    def test_vectors_whose_squares_are_no_numbers_at_rest(self, shape, dtype, length):
+        weights = [random(*shape, dtype=dtype) for _ in range(3)]
+        call = make_call(weights, iterations=[0, 1, 0], lengths=[length, 1.0, length])
+        for x in (call.u[0], call.v[2]):
+            assert x.isfinite().all() and x.any()
+            assert x.float().square().sum() in (0, torch.inf)
+        check(call)
+
+    @each_type
+    def test_vectors_of_length_zero_at_rest(self, dtype):
+        call = make_call([random(9, 70, dtype=dtype) for _ in range(4)], iterations=[0, 0, 0, 1])
+        call.u[0].zero_()
+        call.v[1].zero_()
+        call.u[2].zero_()
+        call.v[2].zero_()
+        snapshot = call.power(reference)
+        assert snapshot[-4:-1].tolist() == [0, 0, 0] and snapshot.isfinite().all()
+        check(replace(call, zero_guard=True))
+
     @each_order
     def test_eps_larger_than_the_norms(self, v_first):
         check(make_call([random(9, 70), random(4, 3, 3, 3)], eps=50.0, v_first=v_first))
@@ -175,7 +224,7 @@ class TestNumbers:
     def test_any_shapes(self, data):
         torch.manual_seed(data.draw(st.integers(0, 2**31)))
         dtypes = st.sampled_from(ALL_TYPES[1:] if data.draw(st.booleans()) else ALL_TYPES[:1])
-        weights, dims, iterations = [], [], []
+        weights, dims, iterations, lengths = [], [], [], []
         for _ in range(data.draw(st.integers(1, 4))):
             sizes = st.integers(0, data.draw(st.sampled_from([4, 40])))
             shape = data.draw(st.lists(sizes, min_size=1, max_size=4))
@@ -185,8 +234,9 @@ class TestNumbers:
             weights.append(weight)
             dims.append(data.draw(st.integers(0, len(shape) - 1)))
             iterations.append(data.draw(st.integers(0, 3)))
-        call = make_call(weights, dims, iterations=iterations, v_first=data.draw(st.booleans()))
-        check(replace(call, zero_guard=True, bound=data.draw(st.booleans())))
+            lengths.append(data.draw(st.sampled_from([0.3, 1.0, 2.0])))
+        call = make_call(weights, dims, iterations=iterations, lengths=lengths, zero_guard=True)
+        check(replace(call, v_first=data.draw(st.booleans()), bound=data.draw(st.booleans())))
 
 
 # Results depend on shapes only

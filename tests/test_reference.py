@@ -182,22 +182,57 @@ def test_each_layer_iterates_as_often_as_asked():
     for e, (n, (part_u, part_v)) in enumerate(zip([2, 0, 3], parts, strict=True)):
         ((own_u,), (own_v,)) = vectors[e]
         sigma = one_matrix(weights[e], own_u, own_v, n=n)[-1]
-        for got in ((part_u, part_v), (u[e], v[e])):
-            assert torch.equal(got[0], own_u) and torch.equal(got[1], own_v)
+        assert torch.equal(u[e], own_u) and torch.equal(v[e], own_v)
+        assert_close((part_u, part_v), (own_u, own_v))
         assert snapshot[e - 3] == sigma
 
 
 @each_norm
-def test_an_estimate_is_no_iteration(norm):
-    weight = torch.randn(4, 3, 2)
-    u, v, layers, dims = start(weight, norm)
+@pytest.mark.parametrize("length", [0.3, 1.0, 2.0, 1e-300, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_at_rest_u_and_v_are_directions(norm, length, dtype):
+    weight = torch.randn(4, 3, 2, dtype=dtype)
+    units, others, layers, dims = start(weight, norm)
+    u, v = [length * x for x in units], [0.5 * length * x for x in others]
     before = [x.clone() for x in u + v]
     snapshot = reference.estimate([weight], u, v, layers, dims)
     assert all(torch.equal(a, b) for a, b in zip(before, u + v, strict=True))
     for e, (part_u, part_v) in enumerate(reference.vectors_of([weight], snapshot, layers, dims)):
-        assert torch.equal(part_u, u[e]) and torch.equal(part_v, v[e])
+        assert_close((part_u, part_v), (units[e], others[e]))
         matrix = weight.movedim(dims[e], 0).flatten(1)
-        assert_close(snapshot[e - len(layers)], u[e] @ matrix @ v[e])
+        assert_close(snapshot[e - len(layers)], units[e].conj() @ matrix @ others[e])
+    same = reference.power_([weight], u, v, layers, dims, [0], 7.0, True, True)
+    assert torch.equal(same, snapshot)
+
+
+def test_resting_layers_beside_one_that_iterates():
+    weights = [torch.randn(4, 3) for _ in range(3)]
+    vectors = [init_vectors(w) for w in weights]
+    u, v = ([x.clone() for (x,) in side] for side in zip(*vectors, strict=True))
+    u[0] *= 0.3
+    v[2] *= 2
+    kept = [x.clone() for x in (u[0], v[0], u[2], v[2])]
+    snapshot = reference.power_(weights, u, v, [0, 1, 2], [0, 0, 0], [0, 1, 0], 1e-12, False, False)
+    assert all(map(torch.equal, (u[0], v[0], u[2], v[2]), kept))
+    for e, (w, ((own_u,), (own_v,))) in enumerate(zip(weights, vectors, strict=True)):
+        if e == 1:
+            one_matrix(w, own_u, own_v)
+        assert_close(snapshot[e - 3], own_u @ w @ own_v)
+
+
+@pytest.mark.parametrize("other", [0.0, 2.0])
+def test_at_rest_a_vector_without_length_stays_and_sigma_is_0(other):
+    weight, u, v = torch.randn(4, 3), torch.zeros(4), torch.full((3,), other)
+    snapshot = reference.estimate([weight], [u], [v], [0], [0])
+    assert torch.equal(snapshot[:4], u) and snapshot[-1] == 0
+    assert_close(snapshot[4:7], v / max(v.norm().item(), 1))
+    assert scaled(weight, snapshot, [0], [0]).isinf().all()
+
+
+def test_at_rest_nan_reaches_everything():
+    u = torch.tensor([1.0, torch.nan, 0.0])
+    snapshot = reference.estimate([torch.randn(3, 2)], [u], [torch.ones(2)], [0], [0])
+    assert snapshot[:3].isnan().all() and snapshot[-1].isnan()
 
 
 def test_vectors_and_sigma_carry_no_gradient():

@@ -36,6 +36,15 @@ std::vector<at::Tensor> composite_backward(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
+  // torch's operations do not look.
+  for (size_t l = 0; l < weights.size(); ++l) {
+    if (is_plain(weights[l])) {
+      check_storage(weights[l], "weights", static_cast<int64_t>(l));
+    }
+    if (is_plain(grads[l])) {
+      check_storage(grads[l], "grads", static_cast<int64_t>(l));
+    }
+  }
   const auto type = snapshot.scalar_type();
   const auto estimates = describe(as_dense(weights), layers, dims);
   std::vector<at::Tensor> result;

@@ -59,6 +59,9 @@ struct Kernels {
   // y[i] += x[i] for i < n.
   void (*add)(const Acc* x, Acc* y, int64_t n);
 
+  // x = x / |x|, however large or small its elements are; zeros stay.
+  void (*make_unit)(Acc* x, int64_t n);
+
   // out[j] += sum over i < n of x[i * stride + j], for j < length.
   void (*sum_rows)(const void* x, int64_t stride, int64_t n, Acc* out, int64_t length);
 };

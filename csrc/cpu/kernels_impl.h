@@ -439,6 +439,50 @@ void add(const Acc* x, Acc* y, int64_t n) {
   add_rows<1>(x, 0, &one, n, y);
 }
 
+template <typename Acc>
+inline void divide(Acc* x, int64_t n, Acc by) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  const Vec<Acc> divisor = splat<Acc>(by);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store_vec(x + i, load<Acc>(x + i) / divisor);
+  }
+  for (; i < n; ++i) {
+    x[i] /= by;
+  }
+}
+
+// The largest |x[i]| that is a number, or `least` if that is larger.
+template <typename Acc>
+inline Acc largest(const Acc* x, int64_t n, Acc least) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  Vec<Acc> found = splat<Acc>(least);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec<Acc> xi = load<Acc>(x + i);
+    const Vec<Acc> size = xi < 0 ? -xi : xi;
+    found = size > found ? size : found;
+  }
+  Acc result = least;
+  for (; i < n; ++i) {
+    const Acc size = x[i] < 0 ? -x[i] : x[i];
+    result = size > result ? size : result;
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    result = found[l] > result ? found[l] : result;
+  }
+  return result;
+}
+
+// Divided by its largest element first: then squares neither overflow nor vanish.
+template <typename Acc>
+void make_unit(Acc* x, int64_t n) {
+  constexpr Acc kSmallest = sizeof(Acc) == 4 ? __FLT_MIN__ : __DBL_MIN__;
+  divide(x, n, largest(x, n, kSmallest));
+  const Acc norm = static_cast<Acc>(__builtin_sqrt(dot<Acc, Acc>(x, x, 0, n)));
+  divide(x, n, norm < kSmallest ? kSmallest : norm);
+}
+
 // The sum of kRows vectors or numbers, load(0), load(1), and so on, in pairs: its rounding errors
 // stay small, and its additions need not wait for each other.
 template <int kRows, typename Load>
@@ -494,7 +538,7 @@ void sum_rows(const void* rows, int64_t stride, int64_t n, Acc* out, int64_t len
 template <typename T, typename Acc>
 constexpr Kernels<Acc> kTable = {u_first<T, Acc>,     v_first<T, Acc>, scale<T, Acc>, dot<T, Acc>,
                                  load_scaled<T, Acc>, add_outer<Acc>,  store<T, Acc>, add<Acc>,
-                                 sum_rows<T, Acc>};
+                                 make_unit<Acc>,      sum_rows<T, Acc>};
 
 }  // namespace
 

@@ -13,7 +13,7 @@
 // its part of t = W^T s while the rows are in cache; with s and t summed up,
 //   a = max(|s|, eps), u = s / a, t' = t / a, b = max(|t'|, eps), v = t' / b, sigma = |t'|^2 / b,
 // which are torch's numbers: its third product u^T W v is |t'|^2 / b. Where v comes first, rows and
-// columns change places.
+// columns change places. Where nothing iterates, u and v are made units first and sigma = <u, s>.
 namespace fastsn {
 namespace {
 
@@ -40,7 +40,7 @@ struct Job {
   int64_t cols() const { return shape.outer * shape.inner; }
   int64_t numel() const { return shape.rows * cols(); }
   bool is_short() const { return shape.inner <= kShortInner; }
-  bool only_estimates() const { return iterations == 0; }
+  bool only_estimates() const { return iterations <= 0; }
   bool starts_with_v() const { return v_first && !only_estimates(); }
   int64_t whole_length() const { return starts_with_v() ? cols() : shape.rows; }
   int64_t partial_length() const {
@@ -235,6 +235,10 @@ at::Tensor run(
       job.v = reordered[e].data();
     }
     read_vector(v[e], job.v, orders[e]);
+    if (job.only_estimates()) {
+      job.kernels->make_unit(job.u, item.view.rows);
+      job.kernels->make_unit(job.v, item.view.cols());
+    }
   }
 
   run_jobs(jobs, options);
@@ -256,10 +260,9 @@ at::Tensor power_cpu(
     at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
     at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
     bool zero_guard) {
-  return (
-      accumulate_type(weights) == at::kDouble ? run<double> : run<float>)(weights, u, v, layers,
-                                                                          dims, n_power_iterations,
-                                                                          eps, v_first, zero_guard);
+  check_weights(weights);
+  const auto run_typed = accumulate_type(weights) == at::kDouble ? run<double> : run<float>;
+  return run_typed(weights, u, v, layers, dims, n_power_iterations, eps, v_first, zero_guard);
 }
 
 at::Tensor estimate_cpu(

@@ -229,6 +229,7 @@ std::vector<at::Tensor> scale_cpu(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
     std::optional<at::ScalarType> dtype) {
+  check_weights(weights);
   const auto type = accumulate_type(weights);
   const auto run = type == at::kDouble ? run_scale<double> : run_scale<float>;
   if (!dtype || have_type(weights, *dtype)) {
@@ -242,6 +243,7 @@ std::vector<at::Tensor> scale_backward_cpu(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
+  check_weights(weights);
   const auto type = accumulate_type(weights);
   const auto run = type == at::kDouble ? run_backward<double> : run_backward<float>;
   check_gradients(grads, weights);
