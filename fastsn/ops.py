@@ -114,27 +114,3 @@ def _(weight, patches, gain, beta, groups, transposed):  # type: ignore[no-untyp
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     wide = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_empty(out), weight.new_empty(out, dtype=wide)
-
-
-def _shim_present(weights, u, v, layers, dims):  # type: ignore[no-untyped-def]  # TODO kernels
-    result = []
-    for l, w in enumerate(weights):
-        ok = not w.is_meta
-        for e, (layer, dim) in enumerate(zip(layers, dims)):
-            if layer == l and ok:
-                shape = list(w.shape)
-                ok = (
-                    0 <= dim < w.ndim
-                    and u[e].shape == (shape.pop(dim),)
-                    and v[e].numel() == torch.Size(shape).numel()
-                    and u[e].device == w.device
-                    and (
-                        type(w) not in (Tensor, torch.nn.Parameter)
-                        or w.untyped_storage().nbytes() >= w.numel() * w.element_size()
-                    )
-                )
-        result.append(ok)
-    return result
-
-
-present = getattr(_C, "present", _shim_present)
