@@ -11,6 +11,8 @@ from accelerated import chain, chain_input
 from answers import answers
 from test_biggan import Conv, Linear
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.distributed import _composable as composable
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch_peers import FASTSN_HOOK, FASTSN_PARAMETRIZED
 
@@ -174,6 +176,77 @@ def test_a_repeated_forward_does_not_iterate(normalize, reentrant):
     before = [buffer.clone() for buffer in model.buffers()]
     outputs.square().sum().backward()
     torch.testing.assert_close(list(model.buffers()), before, rtol=0, atol=0)
+
+
+def identity(x):
+    return x
+
+
+@double
+@pytest.mark.parametrize("name", ["hook", "parametrization", "nn"])
+def test_hooks_for_saved_tensors_within_a_checkpoint_and_around_it(name):
+    """Those of a checkpoint are not the last ones then."""
+
+    def part(model, x):
+        with saved_tensors_hooks(identity, identity):
+            x = model[:-1](x)
+        return model[-1](x)
+
+    def checkpointed(model, x):
+        with save_on_cpu():
+            return checkpoint(part, model, x, use_reentrant=False)
+
+    build = MODELS[name]
+    torch.testing.assert_close(results(build, checkpointed), results(build, plainly))
+
+
+@double
+def test_a_module_that_is_always_checkpointed():
+    """No function of a checkpoint is running during its forward."""
+
+    def build():
+        return composable.checkpoint(MODELS["parametrization"]())
+
+    expected = results(MODELS["parametrization"], plainly)
+    torch.testing.assert_close(results(build, plainly), expected)
+
+
+@double
+def test_a_gradient_within_a_checkpoint():
+    def penalized(model, x):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return model(2 * x) + gradient.square().sum()
+
+    def checkpointed(model, x):
+        return checkpoint(penalized, model, x, use_reentrant=False)
+
+    build = MODELS["parametrization"]
+    torch.testing.assert_close(results(build, checkpointed), results(build, penalized))
+
+
+@double
+def test_a_backward_within_a_checkpoint_repeats_another():
+    """What the inner one repeats is no part of the outer one's forward."""
+
+    def through(inner):
+        def forward(model, x):
+            own = x.detach().requires_grad_()
+            inner(model, own).square().sum().backward()
+            return model(x) + own.grad.sum()
+
+        return forward
+
+    def gradients(forward):
+        model, x = unsettled(MODELS["parametrization"]), chain_input().requires_grad_()
+        loss = forward(model, x).square().sum() + forward(model, 2 * x).square().sum()
+        loss.backward()
+        return loss.detach(), x.grad, *model.buffers()  # to those of parameters repetitions add
+
+    def checkpointed(model, x):
+        inner = through(lambda model, x: checkpoint(model, x, use_reentrant=True))
+        return checkpoint(inner, model, x, use_reentrant=False)
+
+    torch.testing.assert_close(gradients(checkpointed), gradients(through(plainly)))
 
 
 class HomeMade(torch.autograd.Function):

@@ -31,11 +31,11 @@ class Batch(NamedTuple):
         """What each layer gets; iterates as their modes say."""
         work = Pass.of(self.call, originals, self._states(originals, vectors), self.dtype)
         if placements.is_distributed(originals[0]):
-            snapshot = normalizer.iterate(self.owner, work, self._may_move)
+            snapshot = normalizer.iterate(self.owner, work, self._moves_on)
             # Sharded now, and perhaps whole when they are read.
             results: list[Any] = list(Gathering(self.call, originals, snapshot, self.dtype).parts())
         else:
-            results, snapshot = normalizer.normalize(self.owner, work, self._may_move)
+            results, snapshot = normalizer.normalize(self.owner, work, self._moves_on)
         keeps = [weight for weight in self.weights if weight.norm.keeps_sigma]
         if keeps:
             sigmas = layout.sigmas_of(snapshot, self.call.layers)
@@ -58,8 +58,8 @@ class Batch(NamedTuple):
             training = holder.training and not at_rest
             yield weight.norm.state(holder, original, training, u, v)
 
-    def _may_move(self) -> bool:
-        return any(weight.norm.may_move(weight.holder.training) for weight in self.weights)
+    def _moves_on(self) -> bool:
+        return any(weight.norm.moves_on(weight.holder.training) for weight in self.weights)
 
 
 def plan(weights: Iterable[Weight], low: torch.dtype | None = None) -> list[Batch]:

@@ -126,7 +126,7 @@ class Normalizer:
     def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
         state = self.state(holder, weight, training, *self.vectors(holder))
         work = Pass(self.call(holder, weight.shape), [weight], *state[:2], [state[2]])
-        normalized, snapshot = normalize((self, "own"), work, lambda: self.may_move(training))
+        normalized, snapshot = normalize((self, "own"), work, lambda: self.moves_on(training))
         if self.keeps_sigma:
             self.keep_sigma(holder, snapshot[-1])
         return normalized[0]
@@ -166,6 +166,10 @@ class Normalizer:
     def may_move(self, training: bool) -> bool:
         """Whether u and v move in a forward in this mode, as far as the user has said."""
         return training and self.policy != "frozen" and not self.transient.frozen
+
+    def moves_on(self, training: bool) -> bool:
+        """Whether u and v may be others in the next forward, with no change of the weight between."""
+        return self.may_move(training) and self.policy == "forward"
 
     def iterations(self, weight: Tensor, n_power_iterations: int) -> int:
         """How many steps a forward does that may move u and v."""
@@ -208,14 +212,14 @@ class Normalizer:
         self.was_meta = not bool(sigma.isfinite())
 
 
-def normalize(owner: Any, work: Pass, may_move: Callable[[], bool]) -> tuple[list[Tensor], Tensor]:
+def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[list[Tensor], Tensor]:
     """:func:`fastsn.engine.normalize`, where a forward that is repeated uses the first's snapshot.
 
-    ``may_move``: whether u and v could have moved since a first forward of which nothing is known.
+    ``moves_on``: whether u and v could have moved since a first forward of which nothing is known.
     """
     if not modes.is_eager():
         return engine.normalize(work)
-    snapshot = _snapshot_of_first(owner, may_move)
+    snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is not None:
         return engine.scale(work.call, work.weights, snapshot, work.dtype), snapshot
     normalized, snapshot = engine.normalize(work)
@@ -223,19 +227,34 @@ def normalize(owner: Any, work: Pass, may_move: Callable[[], bool]) -> tuple[lis
     return normalized, snapshot
 
 
-def iterate(owner: Any, work: Pass, may_move: Callable[[], bool]) -> Tensor:
+def iterate(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> Tensor:
     """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
     if not modes.is_eager():
         return engine.iterate(work)
-    snapshot = _snapshot_of_first(owner, may_move)
+    snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is None:
         snapshot = engine.iterate(work)
         recompute.record(owner, snapshot, any(work.n_power_iterations))
     return snapshot
 
 
-def _snapshot_of_first(owner: Any, may_move: Callable[[], bool]) -> Tensor | None:
-    return recompute.replay(owner)
+def _snapshot_of_first(owner: Any, moves_on: Callable[[], bool]) -> Tensor | None:
+    """That of the forward that is being repeated, or None where none is.
+
+    Raises:
+        RuntimeError: one is, u and v may have moved since, and nothing is known of it.
+    """
+    snapshot = recompute.replay(owner, recompute.NOT_FOUND)
+    if snapshot is not recompute.NOT_FOUND:
+        return snapshot
+    if moves_on():
+        raise RuntimeError(
+            "a forward in training mode runs within a backward, as activation checkpointing does, "
+            "and which u and v the first forward used cannot be told: expected a checkpoint of "
+            "torch.utils.checkpoint, or u and v that do not move from forward to forward "
+            '(fastsn.set_update_policy(model, "step"), fastsn.frozen(model))'
+        )
+    return None
 
 
 @torch.no_grad()
