@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel of the older kind, whose flat parameters come with each block's hooks."""
+"""FullyShardedDataParallel of old, whose flat parameters come with the hooks of each block."""
 
 from __future__ import annotations
 

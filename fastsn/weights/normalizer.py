@@ -168,7 +168,7 @@ class Normalizer:
         return training and self.policy != "frozen" and not self.transient.frozen
 
     def moves_on(self, training: bool) -> bool:
-        """Whether u and v may be others in the next forward, with no change of the weight between."""
+        """Whether u and v may be others in the next forward of the same weight."""
         return self.may_move(training) and self.policy == "forward"
 
     def iterations(self, weight: Tensor, n_power_iterations: int) -> int:
