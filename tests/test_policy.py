@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -219,3 +221,77 @@ def test_compiled_and_frozen(name):
     with fastsn.frozen(model):
         assert not moves(compiled)
     assert moves(compiled)
+
+
+# Changes that nothing tells of
+
+
+def by_hand(model, optimizer):
+    """Without an optimizer of torch's, through `.data`."""
+    for p in model.parameters():
+        p.data -= 0.01 * p.grad
+    fastsn.advance(model)
+
+
+def master_weights(model, optimizer):
+    """An optimizer's own copies, from which the weights are written after its step."""
+    copies = optimizer.param_groups[0]["params"]
+    for own, p in zip(copies, model.parameters(), strict=True):
+        own.grad = p.grad.double()
+    optimizer.step()
+    for own, p in zip(copies, model.parameters(), strict=True):
+        p.data.copy_(own.data)
+
+
+@pytest.mark.parametrize("change", [by_hand, master_weights])
+@each_grouping
+@pytest.mark.parametrize(
+    "form", [FASTSN_HOOK, FASTSN_PARAMETRIZED], ids=["hook", "parametrization"]
+)
+def test_u_and_v_follow_updates_that_no_version_tells(form, grouped, change):
+    """Spectral norms stay within 5 % of 1; without moving u and v they would not."""
+
+    def build():
+        sizes = zip((24, 24, 24), (24, 24, 8), strict=True)
+        return nn.Sequential(*(form.spectral_norm(nn.Linear(*size)) for size in sizes))
+
+    model = fastsn.converge(fastsn.set_update_policy(made(build, grouped), "step"), 100)
+    optimizer = torch.optim.SGD([p.detach().double() for p in model.parameters()], 0.01)
+    x = torch.randn(64, 24)
+    wanted = x @ torch.randn(24, 8) / 5
+    for _ in range(200):
+        model.zero_grad()
+        (model(x) - wanted).square().mean().backward()
+        model(-x)
+        change(model, optimizer)
+    with fastsn.frozen(model):
+        model(x)
+        weights = [layer.weight.detach() for layer in model]
+    norms = torch.stack([torch.linalg.matrix_norm(weight, 2) for weight in weights])
+    assert ((norms - 1).abs() < 0.05).all(), norms
+
+
+@each_grouping
+def test_a_missed_change_costs_accuracy_but_never_a_stale_weight(grouped):
+    model = fastsn.set_update_policy(made(MODELS["parametrization"], grouped), "step")
+    model(chain_input())
+    for p in model.parameters():
+        p.data *= -2
+    assert not moves(model)
+    weight = model[3].weight
+    original = model[3].parametrizations.weight.original
+    u, v = model[3].parametrizations.weight[0].buffers()
+    torch.testing.assert_close(weight, original / (u @ original @ v))
+    assert moves(fastsn.advance(model)) and not moves(model)
+
+
+def test_importing_installs_nothing_on_optimizers():
+    code = (
+        "import fastsn, torch.optim.optimizer as o; from torch import nn;"
+        "layer = fastsn.accelerate(fastsn.spectral_norm(nn.Linear(2, 2)));"
+        "layer(__import__('torch').ones(1, 2));"
+        "assert not o._global_optimizer_post_hooks and not o._global_optimizer_pre_hooks;"
+        "fastsn.set_update_policy(layer, 'step')(__import__('torch').ones(1, 2));"
+        "assert len(o._global_optimizer_post_hooks) == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -152,7 +152,8 @@ class _GetState:
 
     def __call__(self) -> Any:
         module: Any = self._module()
-        state = type(module).__getstate__(module)
+        cls: Any = type(module)
+        state = cls.__getstate__(module)
         if not isinstance(state, dict):
             return state
         state = dict(state)
