@@ -29,6 +29,7 @@ from fastsn.nn.msn import (
     MSNConvTranspose3d,
     MSNLinear,
 )
+from fastsn.nn.sync import convert_sync_batchnorm
 
 __all__ = [
     "BSNConv1d",
@@ -58,4 +59,5 @@ __all__ = [
     "SNEmbedding",
     "SNLinear",
     "convert_batchnorm",
+    "convert_sync_batchnorm",
 ]

@@ -112,5 +112,5 @@ def load_batch_norm(layer: Any, state: dict[str, Any], prefix: str) -> None:
     if prefix + "weight" not in state and prefix + "running_var" not in state:
         return
     norm = take_batch_norm(state, prefix)
-    found = mean_only_state(norm, eps=getattr(layer, "eps", _EPS), gain=layer.gain is not None)
+    found = mean_only_state(norm, eps=getattr(layer, "old_eps", _EPS), gain=layer.gain is not None)
     state.update({prefix + name: value for name, value in found.items()})

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from fastsn.grouping import accelerate
 from fastsn.means import Group
 from fastsn.nn import checkpoints, in_place, mean_only
+from fastsn.nn.batch_norms import WithoutVariance
 from fastsn.nn.msn import MeanNormalized
 from fastsn.nn.pairs import find
 from fastsn.report import Report
@@ -126,7 +127,12 @@ def convert_batchnorm(
 
     Example::
 
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> print(fastsn.nn.convert_batchnorm(model, gain=True))
+        msn applied to 1 layers, 0 skipped
+          + 0 + 1 -> MSNConv2d
+
+    Source: Subramanian, Chong, CASE 2019 (arXiv 1907.04003), for the layers.
     """
     method: dict[str, Any] = {
         "norm": norm, "n_power_iterations": n_power_iterations, "eps": eps, "scale": scale,
@@ -143,7 +149,7 @@ def convert_batchnorm(
     report = Report("msn", kind="layers")
     norms = []
     for name, module in modules.items():
-        if isinstance(module, _NormBase):
+        if isinstance(module, _NormBase) and not isinstance(module, WithoutVariance):
             reason = _why_not(module, modules, gain)
             if reason is None and name not in layers and filter and not filter(name, module):
                 reason = "the filter left it out"
@@ -337,7 +343,7 @@ def _join(layer: Any, norm: Any, gain: bool, process_group: Group, method: dict[
         old.state, eps=old.eps, gain=gain, shift=shift, factor=factor
     )
     _fill(layer, old, state)
-    layer.training = norm.training
+    layer.training = layer.batch_norm.training = norm.training
 
 
 def _stand_alone(norm: Any, gain: bool, process_group: Group) -> None:
@@ -345,7 +351,7 @@ def _stand_alone(norm: Any, gain: bool, process_group: Group) -> None:
     features = norm.num_features
     old = _take_apart(norm, process_group, _NORMS[type(norm)][0])
     norm.num_features = features
-    norm.eps = old.eps  # for state dicts of batch norms that come later
+    norm.old_eps = old.eps  # for state dicts of batch norms that come later
     like = next(iter(old.state.values()), torch.empty(0))
     norm.start(features, gain=gain, like=like, **old.settings)
     _fill(norm, old, checkpoints.mean_only_state(old.state, eps=old.eps, gain=gain))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsn import layout, means, recompute
 from fastsn.means import Group
 from fastsn.nn import checkpoints
+from fastsn.nn.batch_norms import WithoutVariance
 
 
 def check_momentum(momentum: float | None) -> None:
@@ -67,12 +68,16 @@ class MeanOnly:
 
     def uses_batch(self) -> bool:
         """Whether the mean is that of the batch, and not the running one."""
-        return self.training or self.running_mean is None
+        return self.trains() or self.running_mean is None
+
+    def trains(self) -> bool:
+        """Whether the running mean moves."""
+        return self.training
 
     def group(self, input: Tensor, count: int) -> Any:
         """The process group to synchronize with, after a check that there is a mean to take."""
-        group = means.resolve(self.process_group) if self.training else None
-        if self.training and group is None and count < 2:
+        group = means.resolve(self.process_group) if self.trains() else None
+        if self.trains() and group is None and count < 2:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input size "
                 f"{input.size()}"
@@ -81,7 +86,7 @@ class MeanOnly:
 
     def track(self, mean: Tensor) -> None:
         """Moves the running mean; where the mean of a batch is not finite, it stays."""
-        if not self.training or self.running_mean is None or self.num_batches_tracked is None:
+        if not self.trains() or self.running_mean is None or self.num_batches_tracked is None:
             return
         if recompute.is_repeating():
             return  # it moved in the forward that is repeated now
@@ -136,7 +141,14 @@ _DOC = r"""Batch normalization that takes the mean away and leaves the variance 
     mode the running mean (0 before any training). After a spectrally normalized layer this is MSN
     in two steps; ``fastsn.nn.MSN...`` layers do the same at less cost.
 
-    Shapes: {shape}, and the same back.
+    It is a batch norm (``_BatchNorm``) to programs that look for one, by type or by name: so
+    ``torch.optim.swa_utils.update_bn`` works, and loops that freeze or initialize batch norms do,
+    where ``weight`` is the gain; without one, ``weight`` is ones that nobody reads, and a read of
+    it warns. There is no ``eps``, and what is about to use a variance raises: fusion, and torch's
+    ``convert_sync_batchnorm``, for which see :func:`fastsn.nn.convert_sync_batchnorm`.
+
+    Shapes: {shape}, and the same back. Types: floating-point, the output's is
+    that of the input; means are computed and kept in fp32 or wider.
 
     Args:
         num_features: C.
@@ -158,12 +170,19 @@ _DOC = r"""Batch normalization that takes the mean away and leaves the variance 
     Example::
 
         >>> norm = fastsn.nn.MeanOnlyBatchNorm{dims}d(64)
+        >>> norm({input}).shape
+        torch.Size({output})
 
     Source: Subramanian, Chong, CASE 2019 (arXiv 1907.04003).
     """
 
 
-class _MeanOnlyBatchNorm(MeanOnly, nn.Module):
+def _doc(dims: int, shape: str) -> str:
+    size = f"2, 64{', 4' * dims}"
+    return _DOC.format(dims=dims, shape=shape, input=f"torch.randn({size})", output=f"[{size}]")
+
+
+class _MeanOnlyBatchNorm(MeanOnly, WithoutVariance):
     _dims: tuple[int, ...]
 
     def __init__(
@@ -179,7 +198,7 @@ class _MeanOnlyBatchNorm(MeanOnly, nn.Module):
         process_group: Group = None,
     ) -> None:
         check_momentum(momentum)
-        super().__init__()
+        nn.Module.__init__(self)
         self.num_features = num_features
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(zeros) if affine else None)
@@ -211,15 +230,15 @@ class _MeanOnlyBatchNorm(MeanOnly, nn.Module):
 
 
 class MeanOnlyBatchNorm1d(_MeanOnlyBatchNorm):
-    __doc__ = _DOC.format(dims=1, shape="(N, C) or (N, C, L)")
+    __doc__ = _doc(1, "(N, C) or (N, C, L)")
     _dims = (2, 3)
 
 
 class MeanOnlyBatchNorm2d(_MeanOnlyBatchNorm):
-    __doc__ = _DOC.format(dims=2, shape="(N, C, H, W)")
+    __doc__ = _doc(2, "(N, C, H, W)")
     _dims = (4,)
 
 
 class MeanOnlyBatchNorm3d(_MeanOnlyBatchNorm):
-    __doc__ = _DOC.format(dims=3, shape="(N, C, D, H, W)")
+    __doc__ = _doc(3, "(N, C, D, H, W)")
     _dims = (5,)

@@ -75,294 +75,171 @@ class Normalized:
         return classes.deep_copy(self, memo)  # type: ignore[arg-type]
 
 
-class SNLinear(Normalized, nn.Linear):
-    """``nn.Linear`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
+_DOC = r"""``nn.{plain}`` with a spectrally normalized weight ({methods}).
+
+    .. math::
+        y = f(x, s \, W / \sigma(W)), \quad {sigma}
+
+    with f = ``nn.{plain}`` and s = ``scale``, and
+    {matrices}. A bias is left alone.
+    In training mode every forward does ``n_power_iterations`` steps for u and v and then uses them;
+    in eval mode they stay. Gradients flow through W and sigma, with u and v constant.
+
+    ``weight`` is computed at every read, and as with torch's parametrization a write into it is
+    lost: assign it (``layer.weight = ...``), or initialize ``parametrizations.weight.original``.
+
+    Shapes: {shapes}.
+    Types: those of ``nn.{plain}``; sigma, u and v are computed and kept in fp32 or wider.
 
     Args:
-        *args, **kwargs: those of ``nn.Linear``.
+        *args, **kwargs: those of ``nn.{plain}``.
         n_power_iterations, eps, scale, bound, zero_guard: see
             :func:`fastsn.parametrizations.spectral_norm`.
 
+    Raises:
+        ValueError: ``n_power_iterations`` < 1, or a scale that is not finite and positive.
+        Besides, what ``nn.{plain}`` raises.
+
     Example::
 
-        >>> layer = fastsn.nn.SNLinear(128, 10)
+        >>> layer = fastsn.nn.{prefix}{plain}({example})
+        >>> layer({input}).shape
+        torch.Size({output})
+
+    Source: {source}.
     """
 
+_SN = {
+    "prefix": "SN",
+    "methods": "SN; SSN with a scale",
+    "sigma": r"\sigma(W) \approx u^T W v",
+    "matrices": "W as the matrix (outputs, all else)",
+    "source": "Miyato et al., ICLR 2018 (arXiv 1802.05957)",
+}
+_BSN = {
+    "prefix": "BSN",
+    "methods": "BSN; BSSN with a scale",
+    "sigma": r"\sigma(W) \approx (u_1^T W_1 v_1 + u_2^T W_2 v_2) / 2",
+    "matrices": "W as the matrices (out, in * k) and (in, out * k); for a matrix BSN is SN",
+    "source": "Lin, Sekar, Fanti, NeurIPS 2021 (arXiv 2009.02773)",
+}
+_LINEAR = {
+    "shapes": "(*, in_features) to (*, out_features)",
+    "example": "128, 10", "input": "torch.randn(4, 128)", "output": "[4, 10]",
+}  # fmt: skip
+_EMBEDDING = {
+    "shapes": "indices (*) to (*, embedding_dim)",
+    "example": "10, 128", "input": "torch.tensor([1, 5])", "output": "[2, 128]",
+}  # fmt: skip
+_CONVOLUTIONS = {
+    f"{name}{n}d": {
+        "shapes": "(N, C_in, *size) to (N, C_out, *output_size), or both without N",
+        "example": "3, 64, 3, padding=1",
+        "input": f"torch.randn(2, 3{', 8' * n})",
+        "output": f"[2, 64{', 8' * n}]",
+    }
+    for name in ("Conv", "ConvTranspose")
+    for n in (1, 2, 3)
+}
+#: What docstrings say of each class of torch.
+KINDS = {"Linear": _LINEAR, "Embedding": _EMBEDDING, **_CONVOLUTIONS}
+
+
+def _doc(method: dict[str, str], plain: str) -> str:
+    return _DOC.format(plain=plain, **method, **KINDS[plain])
+
+
+class SNLinear(Normalized, nn.Linear):
+    __doc__ = _doc(_SN, "Linear")
     plain = nn.Linear
     norm = "matrix"
 
 
 class SNConv1d(Normalized, nn.Conv1d):
-    """``nn.Conv1d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv1d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConv1d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "Conv1d")
     plain = nn.Conv1d
     norm = "matrix"
 
 
 class SNConv2d(Normalized, nn.Conv2d):
-    """``nn.Conv2d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv2d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConv2d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "Conv2d")
     plain = nn.Conv2d
     norm = "matrix"
 
 
 class SNConv3d(Normalized, nn.Conv3d):
-    """``nn.Conv3d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv3d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConv3d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "Conv3d")
     plain = nn.Conv3d
     norm = "matrix"
 
 
 class SNConvTranspose1d(Normalized, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose1d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConvTranspose1d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "ConvTranspose1d")
     plain = nn.ConvTranspose1d
     norm = "matrix"
 
 
 class SNConvTranspose2d(Normalized, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose2d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConvTranspose2d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "ConvTranspose2d")
     plain = nn.ConvTranspose2d
     norm = "matrix"
 
 
 class SNConvTranspose3d(Normalized, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose3d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNConvTranspose3d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_SN, "ConvTranspose3d")
     plain = nn.ConvTranspose3d
     norm = "matrix"
 
 
 class SNEmbedding(Normalized, nn.Embedding):
-    """``nn.Embedding`` with ``scale * W / sigma(W)`` as its weight, W as a matrix (SN, SSN).
-
-    Args:
-        *args, **kwargs: those of ``nn.Embedding``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.SNEmbedding(10, 128)
-    """
-
+    __doc__ = _doc(_SN, "Embedding")
     plain = nn.Embedding
     norm = "matrix"
 
 
 class BSNLinear(Normalized, nn.Linear):
-    """``nn.Linear`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both
-    are one and BSN is SN.
-
-    Args:
-        *args, **kwargs: those of ``nn.Linear``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNLinear(128, 10)
-    """
-
+    __doc__ = _doc(_BSN, "Linear")
     plain = nn.Linear
     norm = "bidirectional"
 
 
 class BSNConv1d(Normalized, nn.Conv1d):
-    """``nn.Conv1d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv1d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConv1d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "Conv1d")
     plain = nn.Conv1d
     norm = "bidirectional"
 
 
 class BSNConv2d(Normalized, nn.Conv2d):
-    """``nn.Conv2d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv2d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConv2d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "Conv2d")
     plain = nn.Conv2d
     norm = "bidirectional"
 
 
 class BSNConv3d(Normalized, nn.Conv3d):
-    """``nn.Conv3d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.Conv3d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConv3d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "Conv3d")
     plain = nn.Conv3d
     norm = "bidirectional"
 
 
 class BSNConvTranspose1d(Normalized, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
-    BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose1d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConvTranspose1d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "ConvTranspose1d")
     plain = nn.ConvTranspose1d
     norm = "bidirectional"
 
 
 class BSNConvTranspose2d(Normalized, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
-    BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose2d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConvTranspose2d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "ConvTranspose2d")
     plain = nn.ConvTranspose2d
     norm = "bidirectional"
 
 
 class BSNConvTranspose3d(Normalized, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN,
-    BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k).
-
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose3d``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNConvTranspose3d(3, 64, 3, padding=1)
-    """
-
+    __doc__ = _doc(_BSN, "ConvTranspose3d")
     plain = nn.ConvTranspose3d
     norm = "bidirectional"
 
 
 class BSNEmbedding(Normalized, nn.Embedding):
-    """``nn.Embedding`` with ``scale * W / ((sigma_1 + sigma_2) / 2)`` as its weight (BSN, BSSN).
-
-    sigma_1 and sigma_2 are the norms of W as (out, in * k) and as (in, out * k); for a matrix both
-    are one and BSN is SN.
-
-    Args:
-        *args, **kwargs: those of ``nn.Embedding``.
-        n_power_iterations, eps, scale, bound, zero_guard: see
-            :func:`fastsn.parametrizations.spectral_norm`.
-
-    Example::
-
-        >>> layer = fastsn.nn.BSNEmbedding(10, 128)
-    """
-
+    __doc__ = _doc(_BSN, "Embedding")
     plain = nn.Embedding
     norm = "bidirectional"

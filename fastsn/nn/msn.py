@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastsn import means
 from fastsn.means import Geometry, Group
-from fastsn.nn import checkpoints
+from fastsn.nn import checkpoints, modules
+from fastsn.nn.batch_norms import MSNBatchNorm
 from fastsn.nn.mean_only import MeanOnly, check_momentum
 from fastsn.nn.modules import Normalized
 from fastsn.weights import autocast
@@ -20,7 +21,7 @@ from fastsn.weights import autocast
 # A folded layer reads and corrects its input, the direct one reads and corrects its output. From
 # this many input elements per output element on the direct one is cheaper (benchmarks/NOTES.md).
 _DIRECT = 3.0
-_SETTINGS = ("norm", "momentum", "track_running_stats", "process_group")
+_OWN = ("gain", "running_mean", "num_batches_tracked", "norm", "process_group", "batch_norm")
 
 
 class MeanNormalized(MeanOnly, Normalized):
@@ -41,6 +42,32 @@ class MeanNormalized(MeanOnly, Normalized):
         super().__init__(*args, **kwargs)
         original = self.parametrizations.weight.original  # type: ignore[attr-defined]
         self.start(self._channels(), momentum, gain, track_running_stats, process_group, original)
+
+    def start(self, channels: int, *args: Any) -> None:
+        module: Any = self
+        self.batch_norm = MSNBatchNorm(module, channels)
+        super().start(channels, *args)
+        self.batch_norm.training = self.training
+
+    # Of the batch norm, where programs that look for one set them.
+    @property
+    def momentum(self) -> float | None:
+        return self.batch_norm.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self.batch_norm.momentum = value
+
+    @property
+    def track_running_stats(self) -> bool:
+        return self.batch_norm.track_running_stats
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        self.batch_norm.track_running_stats = value
+
+    def trains(self) -> bool:
+        return self.training and self.batch_norm.training
 
     def reset_parameters(self) -> None:
         """Those of the plain layer, but a bias of 0 and a gain of 1; resets the running mean."""
@@ -95,7 +122,7 @@ class MeanNormalized(MeanOnly, Normalized):
         trained = weight if self.bias is None else self.bias
         self.bias = nn.Parameter(bias, trained.requires_grad)
         module: Any = self
-        for name in ("gain", "running_mean", "num_batches_tracked", *_SETTINGS):
+        for name in _OWN:
             delattr(module, name)
 
     def _forward(self, input: Tensor, geometry: Geometry, *args: Any) -> Tensor:
@@ -240,7 +267,15 @@ _DOC = r"""``nn.{plain}`` with a spectrally normalized weight, minus the mean of
     that the layer costs little more than the plain one. Gradients flow through :math:`\mu` as well,
     and through sigma.
 
+    Programs that look for batch norms, by type or by name, find one in ``batch_norm``, which is a
+    view of the layer's bias, gain and running mean. So ``torch.optim.swa_utils.update_bn`` works
+    (within :func:`fastsn.frozen` its means are exactly those of eval mode's weight), and so do
+    loops that freeze or initialize batch norms; without ``gain``, a read of its ``weight`` warns.
+    Torch's ``convert_sync_batchnorm`` raises: see :func:`fastsn.nn.convert_sync_batchnorm`. The
+    layer's own ``weight`` is computed: initialize ``parametrizations.weight.original``.
+
     Shapes: {shapes}.
+    Types: those of ``nn.{plain}``; means, sigma, u and v are computed and kept in fp32 or wider.
 
     Args:
         *args, **kwargs: those of ``nn.{plain}``. ``bias`` (beta), which starts at 0, is the only
@@ -255,8 +290,9 @@ _DOC = r"""``nn.{plain}`` with a spectrally normalized weight, minus the mean of
             :func:`fastsn.parametrizations.spectral_norm`.
 
     Raises:
-        ValueError: a momentum outside [0, 1]; in forward: an input of the wrong shape, or in
-            training one value per channel in all (as batch norm).
+        ValueError: a momentum outside [0, 1], or a keyword of the spectral norm that is not valid;
+            in forward: an input of the wrong shape, or in training one value per channel in all (as
+            batch norm).
         RuntimeError: a ``process_group`` where ``torch.distributed`` is not initialized.
         Nothing is changed then. A NaN in the input comes out as NaN; the running mean of a channel
         whose mean is not finite stays as it was.
@@ -264,24 +300,20 @@ _DOC = r"""``nn.{plain}`` with a spectrally normalized weight, minus the mean of
     Example::
 
         >>> layer = fastsn.nn.MSN{plain}({example})
+        >>> layer({input}).shape
+        torch.Size({output})
 
     Source: Subramanian, Chong, CASE 2019 (arXiv 1907.04003).
     """
 
-_LINEAR = {
-    "over": "over all dimensions but the last",
-    "shapes": "(*, in_features) to (*, out_features)",
-    "example": "128, 64",
-}
-_CONVOLUTION = {
-    "over": "over batch and positions",
-    "shapes": "(N, C_in, *size) to (N, C_out, *output_size), or both without N",
-    "example": "3, 64, 3, padding=1",
-}
+
+def _doc(plain: str) -> str:
+    over = "over all dimensions but the last" if plain == "Linear" else "over batch and positions"
+    return _DOC.format(plain=plain, over=over, **modules.KINDS[plain])
 
 
 class MSNLinear(MeanNormalized, nn.Linear):
-    __doc__ = _DOC.format(plain="Linear", **_LINEAR)
+    __doc__ = _doc("Linear")
     plain = nn.Linear
     casts_weight = True
 
@@ -303,30 +335,30 @@ class MSNLinear(MeanNormalized, nn.Linear):
 
 
 class MSNConv1d(MeanNormalizedConvolution, nn.Conv1d):
-    __doc__ = _DOC.format(plain="Conv1d", **_CONVOLUTION)
+    __doc__ = _doc("Conv1d")
     plain = nn.Conv1d
 
 
 class MSNConvTranspose1d(MeanNormalizedTransposed, nn.ConvTranspose1d):
-    __doc__ = _DOC.format(plain="ConvTranspose1d", **_CONVOLUTION)
+    __doc__ = _doc("ConvTranspose1d")
     plain = nn.ConvTranspose1d
 
 
 class MSNConv2d(MeanNormalizedConvolution, nn.Conv2d):
-    __doc__ = _DOC.format(plain="Conv2d", **_CONVOLUTION)
+    __doc__ = _doc("Conv2d")
     plain = nn.Conv2d
 
 
 class MSNConvTranspose2d(MeanNormalizedTransposed, nn.ConvTranspose2d):
-    __doc__ = _DOC.format(plain="ConvTranspose2d", **_CONVOLUTION)
+    __doc__ = _doc("ConvTranspose2d")
     plain = nn.ConvTranspose2d
 
 
 class MSNConv3d(MeanNormalizedConvolution, nn.Conv3d):
-    __doc__ = _DOC.format(plain="Conv3d", **_CONVOLUTION)
+    __doc__ = _doc("Conv3d")
     plain = nn.Conv3d
 
 
 class MSNConvTranspose3d(MeanNormalizedTransposed, nn.ConvTranspose3d):
-    __doc__ = _DOC.format(plain="ConvTranspose3d", **_CONVOLUTION)
+    __doc__ = _doc("ConvTranspose3d")
     plain = nn.ConvTranspose3d

@@ -20,7 +20,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
-class Found:
+class Traced:
     """What tracing found; all names are those of ``named_modules``.
 
     Attributes:
@@ -66,9 +66,9 @@ def _is_leaf(module: nn.Module) -> bool:
     return is_ours and not isinstance(module, (nn.Sequential, *_CONTAINERS))
 
 
-def find(model: nn.Module, norms: Iterable[str]) -> Found:
+def find(model: nn.Module, norms: Iterable[str]) -> Traced:
     """Looks for the layers that the norms of these names follow. The model stays as it is."""
-    found = Found()
+    found = Traced()
     python = random.getstate()
     try:
         shell = _shell(model)
