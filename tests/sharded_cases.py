@@ -51,13 +51,14 @@ class Case:
     zero_guard: bool = False
     dtype: torch.dtype = torch.float64
     edit: Callable[[list[Tensor]], None] | None = None
+    length: float = 1.0  # of u and v
 
     def build(self) -> Call:
         torch.manual_seed(1)
         weights = [random(*shape).to(self.dtype) for shape, _ in WEIGHTS]
         if self.edit:
             self.edit(weights)
-        call = make_call(weights, [dim for _, dim in WEIGHTS], self.norm)
+        call = make_call(weights, [dim for _, dim in WEIGHTS], self.norm, lengths=self.length)
         if self.edit:  # iterations of the edited weights may have left nothing
             call = replace(call, u=list(map(torch.ones_like, call.u)))
             call = replace(call, v=list(map(torch.ones_like, call.v)))

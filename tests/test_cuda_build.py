@@ -19,13 +19,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 
 #: Those that take any number of items, as many as a parameter holds; and those that take one.
-MANY = ("multiply", "finish", "normalize", "scale", "product", "gradient")
+MANY = ("rest", "rest_long", "multiply", "finish", "normalize", "scale", "product", "gradient")
 ONE = ("patch_sums", "partial_sums", "patch_backward", "mean_bias")
 KERNELS = (*MANY, *ONE)
 TYPES = ("f", "d", "13__nv_bfloat16", "6__half")  # as the compiler writes them
 BYTES = dict(zip(TYPES, (4, 8, 2, 2), strict=True))
 #: Threads of a block, where the name of a kernel does not tell.
-THREADS = {name: 256 for name in KERNELS} | {"finish": 512, "normalize": 512, "mean_bias": 128}
+THREADS = {
+    **{name: 256 for name in KERNELS},
+    **{name: 512 for name in ("rest", "rest_long", "finish", "normalize")},
+    "mean_bias": 128,
+}
 #: Blocks that a multiprocessor has at once, where that matters; of `multiply`, for 512 threads.
 BLOCKS = {"patch_sums": 3, "gradient": 2}
 #: What a multiprocessor has.
@@ -75,7 +79,11 @@ def expected_kernels() -> set[tuple[str, tuple[str, ...], int]]:
     return {
         *(("multiply", (t,), 256) for t in TYPES),
         *(("multiply", (t,), 512) for t in TYPES if t != "d"),
-        *itertools.product(("finish", "normalize", "partial_sums"), ((t,) for t in TYPES[:2]), [0]),
+        *itertools.product(
+            ("rest", "rest_long", "finish", "normalize", "partial_sums"),
+            ((t,) for t in TYPES[:2]),
+            [0],
+        ),
         *itertools.product(
             ("patch_sums", "patch_backward", "mean_bias"), ((t,) for t in TYPES), [0]
         ),
@@ -206,7 +214,8 @@ class TestInstructions:
                 assert widest(code, r"ld\.global\.nc") == own, symbol
 
     @pytest.mark.parametrize(
-        "precise", ["multiply", "finish", "normalize", "scale", "gradient", *ONE]
+        "precise",
+        ["rest", "rest_long", "multiply", "finish", "normalize", "scale", "gradient", *ONE],
     )
     def test_narrow_kernels_do_no_double_arithmetic(self, instructions, precise):
         """Of constants, which are doubles, a few conversions remain."""

@@ -107,12 +107,12 @@ test_results_have_the_strides_of_a_quotient = test_ops.test_results_have_the_str
 
 
 def test_vectors_stay_without_iterations(cuda):
-    call = make_call([random(9, 70), random(7, 3)], iterations=[0, 1])
+    call = make_call([random(9, 70), random(7, 3)], iterations=[0, 1], lengths=2.0)
     live = call.copy()
     snapshot = live.power(cuda)
     assert torch.equal(live.u[0], call.u[0]) and torch.equal(live.v[0], call.v[0])
     assert not torch.equal(live.u[1], call.u[1])
-    assert torch.equal(snapshot[:79], torch.cat([call.u[0], call.v[0]]))
+    torch.testing.assert_close(snapshot[:79], torch.cat([call.u[0], call.v[0]]) / 2)
     before = live.copy()
     live.estimate(cuda)
     assert all(map(torch.equal, live.u + live.v, before.u + before.v))
@@ -229,6 +229,31 @@ def test_launches_that_large_layers_need(shape, more, cuda):
     check(call)
 
 
+@pytest.mark.parametrize("shape, more", [((8192, 3), 0), ((8193, 3), 1), ((3, 8193), 2)])
+def test_launches_at_rest(shape, more, cuda):
+    """One for all vectors, and one for what many blocks make unit vectors of."""
+    call = make_call([random(64, 64), random(*shape), random(4, 3)], iterations=[0, 0, 1])
+    assert launches(call.power, cuda) == 3 + more
+    assert launches(replace(call, iterations=[1, 1, 1]).power, cuda) == 2 + (more == 2)
+    assert launches(call.estimate, cuda) == 3 + more
+
+
+def test_long_vectors_at_rest(cuda):
+    """Of which some parts are zeros, or far smaller than others."""
+    lengths = [0.3, 2.0, 1e30, 1e-30, 1.0, 1.0]
+    shapes = [(20_000, 3), (3, 17_000), (40_000, 1), (8193, 2), (20_000, 2), (20_000, 2)]
+    call = make_call([random(*shape) for shape in shapes], iterations=0, lengths=lengths)
+    call.u[4][:9000] = 0
+    call.u[4][9000:18_000] *= 1e-25
+    check(call)
+    call.u[5][10_000] = torch.nan
+    snapshot = call.estimate(cuda)
+    assert snapshot[-1].isnan() and snapshot[:-1].isnan().sum() == 20_000
+    call.u[5].zero_()
+    snapshot = call.estimate(cuda)
+    assert snapshot[-1] == 0 and snapshot.isfinite().all()
+
+
 def test_long_vectors_of_all_kinds(cuda):
     """Normalized by many blocks: several rounds, none at all, and a zero weight that is guarded."""
     weights = [random(20_000, 3), random(3, 17_000), random(17_000, 2), torch.zeros(18_000, 2)]
@@ -238,8 +263,8 @@ def test_long_vectors_of_all_kinds(cuda):
 
 def test_launches_of_rounds_and_types(cuda):
     call = make_call([random(4, 3, dtype=dtype) for dtype in ALL_TYPES[1:]], iterations=[1, 3, 0])
-    # All three types, then twice one of them; and what they have in common.
-    assert launches(call.power, cuda) == (3 + 1) + 2 * (1 + 1)
+    # What rests; all three types, then twice one of them; and what they have in common.
+    assert launches(call.power, cuda) == 1 + (3 + 1) + 2 * (1 + 1)
     snapshot = call.estimate(cuda)
     assert launches(call.scale, snapshot, cuda) == 3
     assert launches(call.scale_backward, call.weights, snapshot, cuda) == 6
@@ -259,7 +284,7 @@ def test_many_layers_take_several_launches(cuda):
 OUT_OF_MEMORY = 2
 
 
-@pytest.mark.parametrize("phase", ["multiply", "scale", "product"])
+@pytest.mark.parametrize("phase", ["rest", "multiply", "scale", "product"])
 def test_failed_launch(phase, cuda):
     call = make_call([random(4, 3), random(2, 5)], iterations=[1, 2])
     grads = gradients_for(call)
@@ -267,6 +292,7 @@ def test_failed_launch(phase, cuda):
     snapshot = call.estimate(cuda)
     before = call.copy()
     run = {
+        "rest": lambda: call.estimate(cuda),
         "multiply": lambda: call.power(cuda),
         "scale": lambda: call.scale(snapshot, cuda),
         "product": lambda: call.scale_backward(grads, snapshot, cuda),
@@ -329,6 +355,30 @@ def test_bad_arguments_of_power(changes, message, cuda):
             function(replace(call, **changes), cuda)
     for a, b in zip(before.u + before.v, call.u + call.v, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("found", [0, 4])
+@pytest.mark.parametrize("name", ["weights", "u", "v", "grads", "snapshot"])
+def test_storages(name, found, cuda):
+    call = make_call([random(4, 3), random(2, 5)], iterations=[0, 1])
+    snapshot, grads = call.estimate(cuda), gradients_for(call)
+    lists = {"weights": call.weights, "u": call.u, "v": call.v, "grads": grads}
+    bad = snapshot if name == "snapshot" else lists[name][1].clone()
+    if name != "snapshot":
+        lists[name][1] = bad
+    bad.untyped_storage().resize_(found)
+    runs = {
+        "power": lambda: call.power(cuda),
+        "estimate": lambda: call.estimate(cuda),
+        "scale": lambda: call.scale(snapshot, cuda),
+        "backward": lambda: call.scale_backward(grads, snapshot, cuda),
+    }
+    reached = {"weights": list(runs), "grads": ["backward"], "snapshot": ["scale", "backward"]}
+    sizes = rf"needs a storage of {4 * bad.numel()} bytes, got one of {found} bytes"
+    message = rf"{name}(\[1\])? of shape .* {sizes}"
+    for run in reached.get(name, ["power", "estimate"]):
+        with pytest.raises(RuntimeError, match=message):
+            runs[run]()
 
 
 def test_bad_arguments_of_scale(cuda):

@@ -71,6 +71,25 @@ def test_ranks_together_are_one_process(four, count, split, norm, v_first, itera
 
 
 @each_split
+@each_norm
+@pytest.mark.parametrize(
+    "iterations, length",
+    [("some", 0.3), ("some", 2.0), ("none", 0.3), ("none", 1e200), ("none", 1e-200)],
+)
+def test_vectors_of_any_length_at_rest(four, count, split, norm, iterations, length):
+    """Which are whole on every rank: nothing more is sent."""
+    assert_one_process(four, Case(count, split, norm, False, iterations, length=length))
+
+
+@pytest.mark.parametrize("length", [0.3, 1e30, 1e-30])
+def test_vectors_of_any_length_at_rest_in_fp32(four, count, length):
+    case = Case(count, iterations="none", length=length, dtype=torch.float32)
+    found = assert_one_process(four, case, exact=False)[0]
+    snapshot = case.build().copy(torch.float64).power(reference)
+    torch.testing.assert_close(found["snapshot"][0].double(), snapshot, rtol=1e-5, atol=1e-6)
+
+
+@each_split
 @pytest.mark.parametrize("bound", [False, True])
 @each_order
 def test_constraints(four, count, split, bound, v_first):

@@ -117,6 +117,11 @@ class TestInterpreter:
     test_eps_larger_than_the_norms = test_ops.TestNumbers.test_eps_larger_than_the_norms
     test_bound = test_ops.TestNumbers.test_bound
     test_zero_guard = test_ops.TestNumbers.test_zero_guard
+    test_vectors_of_any_length_at_rest = test_ops.TestNumbers.test_vectors_of_any_length_at_rest
+    test_vectors_of_length_zero_at_rest = test_ops.TestNumbers.test_vectors_of_length_zero_at_rest
+    test_vectors_whose_squares_are_no_numbers_at_rest = (
+        test_ops.TestNumbers.test_vectors_whose_squares_are_no_numbers_at_rest
+    )
     test_results_have_the_strides_of_a_quotient = staticmethod(
         test_ops.test_results_have_the_strides_of_a_quotient
     )
@@ -356,6 +361,44 @@ class TestInterpreter:
         assert torch.equal(call.power(backend), call.estimate(backend))
         assert all(map(torch.equal, call.u + call.v, before.u + before.v))
         assert [x._version for x in call.u + call.v] == versions
+
+    @pytest.mark.parametrize("side", ["u", "v"])
+    @pytest.mark.parametrize("shape", [(6, 5), (300, 5), (5, 300)])
+    def test_nan_reaches_everything_at_rest(self, side, shape):
+        call = make_call([random(*shape)], iterations=0)
+        getattr(call, side)[0][3] = torch.nan
+        start = 0 if side == "u" else shape[0]
+        snapshot = call.estimate(backend)
+        assert snapshot[start:][: shape[side == "v"]].isnan().all() and snapshot[-1].isnan()
+
+    @pytest.mark.parametrize("side", ["weights", "u", "v"])
+    @pytest.mark.parametrize("iterations", [0, 1])
+    def test_storages_of_power(self, side, iterations):
+        call = make_call([random(4, 3), random(2, 5)], iterations=iterations)
+        before = call.copy()
+        call.power(backend)
+        tensors = getattr(before, side)
+        tensors[1] = tensors[1].clone()
+        tensors[1].untyped_storage().resize_(4)
+        numel = tensors[1].numel()
+        message = rf"{side}\[1\] of shape .* needs a storage of {4 * numel} bytes, got one of 4 b"
+        kept = before.u[0].clone()
+        with pytest.raises(RuntimeError, match=message):
+            before.power(backend)
+        assert torch.equal(before.u[0], kept)
+
+    @pytest.mark.parametrize("name", ["weights", "grads", "snapshot"])
+    def test_storages_of_scale(self, name):
+        call = make_call([random(4, 3), random(2, 5)])
+        snapshot, grads = call.power(backend), gradients_for(call)
+        bad = {"weights": call.weights[1], "grads": grads[1], "snapshot": snapshot}[name]
+        bad.untyped_storage().resize_(0)
+        message = rf"{name}(\[1\])? of shape .* needs a storage of \d+ bytes, got one of 0 bytes"
+        with pytest.raises(RuntimeError, match=message):
+            call.scale_backward(grads, snapshot, backend)
+        if name != "grads":
+            with pytest.raises(RuntimeError, match=message):
+                call.scale(snapshot, backend)
 
     @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
     def test_bad_arguments_of_power(self, changes, message):

@@ -47,7 +47,7 @@ __device__ __forceinline__ void for_each(
 }
 
 // Of both vectors one after the other, elements [begin, end): new ones, or the old ones into the
-// snapshot.
+// snapshot, where those of an estimate are already.
 template <typename Acc>
 __device__ __forceinline__ void write_vectors(
     const PowerItem& item, const Power<Acc>& call, const Norms<Acc>& norms, int64_t begin,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_vectors(
           live[at] = value;
         });
       });
-    } else if (call.first_round) {
+    } else if (call.first_round && !item.only_estimate) {
       for_each(first, end - from, length, [&](int k) { snapshot[k] = live[k]; });
     }
   };
@@ -258,7 +258,8 @@ struct Normalize {
   template <int kBytes>
   static constexpr auto kernel = normalize_kernel<Acc, kBytes>;
   static int64_t blocks(const Item& item) {
-    return is_normalized_at_once(item) ? 0 : ceil_div(vector_length(item), kNormalizeTile);
+    const bool at_once = is_normalized_at_once(item) || item.only_estimate;
+    return at_once ? 0 : ceil_div(vector_length(item), kNormalizeTile);
   }
 };
 

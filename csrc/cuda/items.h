@@ -65,6 +65,14 @@ struct Vector {
   int64_t snapshot;  // offset
 };
 
+// A u or a v of a layer that does not iterate, to be made a unit vector.
+struct RestItem {
+  const void* live;
+  int64_t snapshot;  // offset of the result
+  int64_t length;
+  int64_t parts;  // in the workspace: two numbers per tile, where there are several
+};
+
 // One estimate in one power iteration. `first` is what the tiles own (s = W v where u comes first),
 // `second` what they add up (t = W^T s). The other offsets are in the workspace.
 struct PowerItem {
@@ -81,7 +89,7 @@ struct PowerItem {
   int64_t second_squares;  // one summand of |second|^2 per block of finish
   int64_t norms;           // kNormNumel numbers, see finish.cu
   int32_t ticket;          // which counter
-  bool only_estimate;
+  bool only_estimate;      // its vectors are those that `rest` has left in the snapshot
 };
 
 // One layer in scale.

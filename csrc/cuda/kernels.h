@@ -22,6 +22,10 @@ struct PowerCall {
   bool zero_guard;
 };
 
+// Before phase A: unit vectors along u and v of what does not iterate, into the snapshot.
+const char* rest(
+    Where where, bool is_double, const RestItem* items, int64_t count, const PowerCall& call);
+
 // Phase A: `first` of every item, and a summand of `second` for each of its tiles.
 const char* multiply(
     Where where, Type weights, const PowerItem* items, int64_t count, const PowerCall& call);

@@ -114,6 +114,7 @@ at::Tensor power_(
     at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef layers,
     at::IntArrayRef dims, at::IntArrayRef n_power_iterations, double eps, bool v_first,
     bool zero_guard) {
+  check_weights(weights);
   const auto accumulate = accumulate_type(weights);
   const bool is_double = accumulate == at::kDouble;
   const auto dense = as_dense(weights);
@@ -121,6 +122,11 @@ at::Tensor power_(
   check_vectors(estimates, weights, u, v, n_power_iterations);
   const size_t count = estimates.items.size();
 
+  const c10::DeviceGuard guard(weights[0].device());
+  const auto options = at::TensorOptions().dtype(accumulate).device(weights[0].device());
+  const auto snapshot = at::empty({estimates.snapshot_numel}, options);
+  auto* const units = static_cast<char*>(snapshot.mutable_data_ptr());
+  std::vector<RestItem> resting;
   std::vector<PowerItem> items(count);
   std::vector<Types> types(count);
   std::vector<at::Tensor> us(count);
@@ -138,8 +144,17 @@ at::Tensor power_(
     item.matrix = matrix_of(estimate.view);
     const bool members_are_columns = item.matrix.members_are_columns;
     item.only_estimate = n_power_iterations[estimate.layer] <= 0;
-    const auto u_vector = vector_of(us[e], estimate.u, !item.only_estimate);
-    const auto v_vector = vector_of(vs[e], estimate.v, !item.only_estimate);
+    auto u_vector = vector_of(us[e], estimate.u, !item.only_estimate);
+    auto v_vector = vector_of(vs[e], estimate.v, !item.only_estimate);
+    if (item.only_estimate) {
+      for (const auto& [vector, length] :
+           {std::pair(&u_vector, us[e].numel()), std::pair(&v_vector, vs[e].numel())}) {
+        const int64_t tiles = rest_tiles(length);
+        const int64_t parts = tiles > 1 ? places.take(2 * tiles) : 0;
+        resting.push_back({vector->live, vector->snapshot, length, parts});
+        vector->live = units + vector->snapshot * static_cast<int64_t>(snapshot.element_size());
+      }
+    }
     item.member = members_are_columns ? v_vector : u_vector;
     item.unit = members_are_columns ? u_vector : v_vector;
     item.sigma = estimate.sigma;
@@ -157,9 +172,6 @@ at::Tensor power_(
     rounds = std::max(rounds, n_power_iterations[estimate.layer]);
   }
 
-  const c10::DeviceGuard guard(weights[0].device());
-  const auto options = at::TensorOptions().dtype(accumulate).device(weights[0].device());
-  const auto snapshot = at::empty({estimates.snapshot_numel}, options);
   // The counters come last; an element has room for one at least.
   const auto workspace = at::empty({places.numel() + static_cast<int64_t>(count)}, options);
   const auto bytes = static_cast<char*>(workspace.mutable_data_ptr());
@@ -170,6 +182,7 @@ at::Tensor power_(
   call.eps = eps;
   call.zero_guard = zero_guard;
   const auto place = where(weights[0].device());
+  check(rest(place, is_double, resting.data(), static_cast<int64_t>(resting.size()), call), "rest");
   for (int64_t round = 0; round < rounds; ++round) {
     if (round > 0) {
       size_t kept = 0;
@@ -333,6 +346,7 @@ std::vector<at::Tensor> scale(
     at::TensorList weights, const at::Tensor& snapshot, at::IntArrayRef layers,
     at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound, bool zero_guard,
     std::optional<at::ScalarType> dtype) {
+  check_weights(weights);
   const auto accumulate = accumulate_type(weights);
   const auto dense = as_dense(weights);
   const auto estimates = describe(dense, layers, dims);
@@ -353,6 +367,7 @@ std::vector<at::Tensor> scale_backward(
     at::TensorList grads, at::TensorList weights, const at::Tensor& snapshot,
     at::IntArrayRef layers, at::IntArrayRef dims, at::ArrayRef<double> scales, bool bound,
     bool zero_guard) {
+  check_weights(weights);
   const auto accumulate = accumulate_type(weights);
   const auto dense = as_dense(weights);
   const auto estimates = describe(dense, layers, dims);

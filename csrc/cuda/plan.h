@@ -32,6 +32,14 @@ constexpr int kNormalizedAtOnce = 16 * 1024;
 constexpr int kNormalizeTile = 8 * kFinishThreads;
 constexpr int kNormNumel = 3;
 
+// Threads of a block of `rest`, and elements that each of them has in registers, all on their way
+// before the first one is used. Vectors of most networks are one tile; the tiles of a longer one
+// know each other's sums only in a second launch.
+constexpr int kRestThreads = 512;
+constexpr int kRestValues = 16;
+constexpr int kRestTile = kRestThreads * kRestValues;
+static_assert(kRestValues * 2 <= 64 * 1024 / kRestThreads / 2, "half of a thread's registers");
+
 // Threads of a block of scale, product and gradient; and packs of 16 bytes that each of them loads
 // from a tensor before it uses the first one.
 constexpr int kFlatThreads = 256;
@@ -79,6 +87,9 @@ FASTSN_BOTH inline int64_t second_length(const PowerItem& item) {
 FASTSN_BOTH inline int64_t reduce_blocks(const PowerItem& item) {
   const int64_t blocks = ceil_div(second_length(item), kReduceChunk);
   return blocks == 0 ? 1 : blocks;
+}
+FASTSN_BOTH constexpr int64_t rest_tiles(int64_t length) {
+  return length <= kRestTile ? 1 : ceil_div(length, kRestTile);
 }
 // Both vectors of an item.
 FASTSN_BOTH inline int64_t vector_length(const PowerItem& item) {

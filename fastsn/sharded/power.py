@@ -62,6 +62,9 @@ def power_(
         given = torch.cat([x.to(wide) for x in pairs])
         if given.is_meta:
             return given.new_empty(len(given) + len(layers))
+        at_rest = [not n_power_iterations[layer] for layer in layers for _ in "uv"]
+        if any(at_rest):
+            given = _with_units(given, [len(x) for x in pairs], at_rest)
         state = given.clone()
         vectors = state.split([len(x) for x in pairs])
         run = _Run(shares, local, vectors[::2], vectors[1::2], eps, len(layers))
@@ -92,6 +95,19 @@ def estimate(
     """:func:`fastsn.reference.estimate`, with one all-reduce of one number per matrix."""
     none = [0] * len(weights)
     return power_(weights, u, v, layers, dims, none, 0.0, False, False)
+
+
+def _with_units(x: Tensor, sizes: Sequence[int], chosen: Sequence[bool]) -> Tensor:
+    """``x`` with :func:`fastsn.reference.unit` of the chosen ones of its parts of these sizes."""
+    smallest = torch.finfo(x.dtype).tiny
+    lengths = constant(tuple(sizes), torch.int64, x.device)
+    largest = torch.segment_reduce(x.abs(), "max", lengths=lengths, unsafe=True, initial=0)
+    units = x / _spread(largest.clamp_min(smallest), sizes)
+    norms = _sums(units.square(), sizes).sqrt().clamp_min(smallest)
+    units = units / _spread(norms, sizes)
+    if all(chosen):
+        return units
+    return torch.where(_spread(constant(tuple(chosen), torch.bool, x.device), sizes), units, x)
 
 
 class _Estimate(NamedTuple):
@@ -261,7 +277,11 @@ class _Run:
         return torch.cat([part.flatten() for part in parts]), sizes
 
     def _rest(self, estimates: list[_Estimate]) -> Tensor:
-        """What this rank's parts add to every sigma = u^T M v, u and v as they are."""
+        """What this rank's parts add to every sigma = u^T M v, u and v being unit vectors.
+
+        The operators make unit vectors of the parts of u and v: their lengths, which are the
+        products of the parts with these, come back as factors.
+        """
         met, sizes = self._met(estimates)
         vectors = met.split(sizes)
         snapshot = self.backend.estimate(
@@ -271,7 +291,9 @@ class _Run:
             list(range(len(estimates))),
             [e.dim for e in estimates],
         )
-        return snapshot[-len(estimates) :]
+        found, sigmas = snapshot.double().split([len(met), len(estimates)])
+        lengths = _sums(met * found, sizes)
+        return sigmas * lengths[::2] * lengths[1::2]
 
     def _multiply(
         self,

@@ -200,6 +200,7 @@ def variants() -> Iterator[Variant]:
     yield variant(kernels.pack, {})
     for accumulate in (torch.float32, torch.float64):
         constants = vector_constants(accumulate)
+        yield variant(kernels.measure, constants)
         yield variant(kernels.read_vectors, constants)
         yield variant(kernels.combine, {**constants, "DEPTH": DEPTH})
         yield variant(kernels.finish, constants)

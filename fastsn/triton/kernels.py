@@ -43,7 +43,7 @@ import triton.language as tl
     X_LIVE,
     Y_TYPE,  # see VECTOR_TYPES
     X_TYPE,
-    ESTIMATE,  # 1: no iteration, sigma = <y, W x>
+    ESTIMATE,  # 1: no iteration, sigma = <y, W x> of unit vectors y and x
     WORK_X,  # where in the workspace; x in memory order
     WORK_Y,
     WORK_PARTS,
@@ -51,8 +51,9 @@ import triton.language as tl
     WORK_TILE_SUMS,
     WORK_CHUNK_SUMS,
     WORK_NORM,
+    WORK_LENGTHS,
     JOB_FIELDS,
-) = map(tl.constexpr, range(27))
+) = map(tl.constexpr, range(28))
 
 # Fields of a layer.
 LAYER, NUMEL, LENGTH, FIRST_PIECE, PIECES, FIRST_SIGMA, COUNT, FIRST_OUTER, LAYER_FIELDS = map(
@@ -171,9 +172,78 @@ def store_vector(addresses, which, code, k, x, mask):
     elif code == 1:
         tl.store(pointer_to(addresses, which, tl.float64) + k, x.to(tl.float64), mask=mask)
     elif code == 2:
-        tl.store(pointer_to(addresses, which, tl.bfloat16) + k, x.to(tl.bfloat16), mask=mask)
+        # As torch does it; the interpreter makes no bfloat16 out of fp64.
+        narrow = x.to(tl.float32).to(tl.bfloat16)
+        tl.store(pointer_to(addresses, which, tl.bfloat16) + k, narrow, mask=mask)
     else:
         tl.store(pointer_to(addresses, which, tl.float16) + k, x.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def chunks_of(n_y, n_x, CHUNK: tl.constexpr):
+    return tl.maximum((tl.maximum(n_y, n_x) + CHUNK - 1) // CHUNK, 1)
+
+
+@triton.jit
+def measure_part(x, largest_at, squares_at):
+    """The largest element of a part of a vector, and the sum of squares divided by it.
+
+    In fp64 the smallest normal number is a divisor that leaves zeros as they are.
+    """
+    x = x.to(tl.float64)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 2.2250738585072014e-308)
+    tl.store(largest_at, largest)
+    ratio = x / largest
+    tl.store(squares_at, tl.sum(ratio * ratio, axis=0))
+
+
+@kernel
+def measure(
+    addresses,
+    jobs,
+    job_of_chunk,
+    workspace,
+    first_chunk,
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What of one chunk of u and v at rest is needed for their lengths, of y first and then of x.
+
+    Squares alone could overflow or vanish.
+    """
+    chunk = first_chunk + tl.program_id(0)
+    job = jobs + tl.load(job_of_chunk + chunk) * JOB_FIELDS
+    own = chunk - tl.load(job + FIRST_CHUNK)
+    n_y = tl.load(job + P)
+    n_x = tl.load(job + Q)
+    k = own * CHUNK + tl.arange(0, CHUNK)
+    count = chunks_of(n_y, n_x, CHUNK)
+    parts = workspace + tl.load(job + WORK_LENGTHS) + own
+    address = tl.load(addresses + tl.load(job + Y_LIVE))
+    y = load_vector(address, tl.load(job + Y_TYPE), k, k < n_y, ACC)
+    measure_part(y, parts, parts + count)
+    address = tl.load(addresses + tl.load(job + X_LIVE))
+    x = load_vector(address, tl.load(job + X_TYPE), k, k < n_x, ACC)
+    measure_part(x, parts + 2 * count, parts + 3 * count)
+
+
+@triton.jit
+def unit(x, parts, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """x / |x|, where :func:`measure` has left what is known of each of the chunks of x."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], 2.2250738585072014e-308, tl.float64)
+    for k in range(0, count, BLOCK):
+        part = tl.load(parts + k + lanes, mask=k + lanes < count, other=0.0)
+        largest = tl.maximum(largest, part.to(tl.float64))
+    top = tl.max(largest, axis=0)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for k in range(0, count, BLOCK):
+        mask = k + lanes < count
+        ratio = tl.load(parts + k + lanes, mask=mask, other=0.0).to(tl.float64) / top
+        part = tl.load(parts + count + k + lanes, mask=mask, other=0.0).to(tl.float64)
+        squares += part * ratio * ratio
+    length = at_least(tl.sqrt(tl.sum(squares, axis=0)), 2.2250738585072014e-308)
+    return (x.to(tl.float64) / top / length).to(ACC)
 
 
 @kernel
@@ -187,18 +257,28 @@ def read_vectors(
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Copies u and v, of any type, into the snapshot, and x into the workspace."""
+    """Copies u and v, of any type, into the snapshot, and x into the workspace.
+
+    At rest what is copied is of length 1.
+    """
     chunk = tl.program_id(0)
     job = jobs + tl.load(job_of_chunk + chunk) * JOB_FIELDS
     k = (chunk - tl.load(job + FIRST_CHUNK)) * CHUNK + tl.arange(0, CHUNK)
+    is_estimate = tl.load(job + ESTIMATE) != 0
+    count = chunks_of(tl.load(job + P), tl.load(job + Q), CHUNK)
+    lengths = workspace + tl.load(job + WORK_LENGTHS)
     mask = k < tl.load(job + P)
     address = tl.load(addresses + tl.load(job + Y_LIVE))
     y = load_vector(address, tl.load(job + Y_TYPE), k, mask, ACC)
+    if is_estimate:
+        y = unit(y, lengths, count, ACC, CHUNK)
     tl.store(snapshot + tl.load(job + Y) + k, y, mask=mask)
     mask = k < tl.load(job + Q)
     address = tl.load(addresses + tl.load(job + X_LIVE))
     index = in_order(orders, tl.load(job + X_ORDER), k, mask)
     x = load_vector(address, tl.load(job + X_TYPE), index, mask, ACC)
+    if is_estimate:
+        x = unit(x, lengths + 2 * count, count, ACC, CHUNK)
     tl.store(snapshot + tl.load(job + X) + index, x, mask=mask)
     tl.store(workspace + tl.load(job + WORK_X) + k, x, mask=mask)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsn.triton import configs, mean_kernels, operators
-from fastsn.triton.plan import MAX_LENGTH, VECTOR_TYPES, cdiv, check, is_dense
+from fastsn.triton.plan import MAX_LENGTH, VECTOR_TYPES, cdiv, check, check_storage, is_dense
 
 
 class Axis(NamedTuple):
@@ -74,6 +74,7 @@ def _check_type(name: str, dtype: torch.dtype) -> None:
 def _check_tensor(name: str, x: Tensor) -> None:
     _check_type(name, x.dtype)
     check(x.layout == torch.strided, f"{name} must be strided (dense), got {x.layout}")
+    check_storage(x, name)
 
 
 class Tiling(NamedTuple):

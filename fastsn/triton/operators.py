@@ -17,6 +17,8 @@ from fastsn.triton.plan import (
     FlatPlan,
     PowerPlan,
     cached,
+    check_storage,
+    check_storages,
     check_weights,
     is_dense,
     plan_flat,
@@ -90,6 +92,7 @@ def _as_dense_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Hashable
     """Dense weights, and all that kernels are chosen by."""
     signature = signature_of(weights)
     check_weights(signature)
+    check_storages("weights", weights)
     dense = [_as_dense(w) for w in weights]
     return dense, (signature, *(w.stride() for w in dense))
 
@@ -129,6 +132,8 @@ def power_(
             device,
             lambda: plan_power(dense, u, v, layers, dims, n_power_iterations, v_first),
         )
+        check_storages("u", u)
+        check_storages("v", v)
         held_u, held_v = ([_as_vector(x, accumulate) for x in side] for side in (u, v))
         addresses = _kept_table(
             [_bits(eps), *(x.data_ptr() for own in (dense, held_u, held_v) for x in own)], device
@@ -136,6 +141,10 @@ def power_(
         snapshot = torch.empty(plan.snapshot_numel, dtype=accumulate, device=device)
         workspace = torch.empty(plan.workspace_numel, dtype=accumulate, device=device)
         jobs, chunks, constants = plan.jobs, plan.job_of_chunk, plan.vector_constants
+        _launch(
+            kernels.measure, plan.chunks - plan.first_at_rest, addresses, jobs, chunks, workspace,
+            plan.first_at_rest, **constants,
+        )  # fmt: skip
         _launch(
             kernels.read_vectors, plan.chunks, addresses, jobs, chunks, plan.orders, snapshot,
             workspace, **constants,
@@ -200,6 +209,7 @@ def _flat_plan(
             f"fastsn: expected a contiguous {name} snapshot of {plan.snapshot_numel} elements on "
             f"{device}, got {snapshot.dtype} of shape {list(snapshot.shape)} on {snapshot.device}"
         )
+    check_storage(snapshot, "snapshot")
     return plan
 
 
@@ -274,6 +284,7 @@ def scale_backward(
     accumulate = configs.accumulate_type(dense[0].dtype)
     if len(grads) != len(dense):
         raise RuntimeError(f"fastsn: expected {len(dense)} gradients, got {len(grads)}")
+    check_storages("grads", grads)
     held = [_as_gradient(g, w, accumulate) for g, w in zip(grads, dense, strict=True)]
     with torch.cuda.device_of(dense[0]):
         types = [g.dtype for g in held]

@@ -127,6 +127,25 @@ def signature_of(tensors: Sequence[Tensor]) -> tuple[Signature, ...]:
     return tuple(Signature(x.shape, x.dtype, x.device, x.layout) for x in tensors)
 
 
+def check_storage(x: Tensor, name: str) -> None:
+    """What shards parameters leaves tensors without storage behind."""
+    last = x.storage_offset() + sum(
+        (n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)
+    )
+    needed = (last + 1) * x.itemsize if x.numel() else 0
+    found = x.untyped_storage().nbytes()
+    check(
+        needed <= found,
+        f"{name} of shape {list(x.shape)} needs a storage of {needed} bytes, got one of "
+        f"{found} bytes",
+    )
+
+
+def check_storages(name: str, tensors: Sequence[Tensor]) -> None:
+    for k, x in enumerate(tensors):
+        check_storage(x, f"{name}[{k}]")
+
+
 @lru_cache(maxsize=KEPT)
 def check_weights(weights: tuple[Signature, ...]) -> None:
     check(len(weights) > 0, "expected at least one weight, got none")
@@ -232,6 +251,7 @@ class PowerPlan:
     workspace_numel: int
     vector_constants: dict[str, Any]
     chunks: int
+    first_at_rest: int  # chunks from here on are of what does not iterate
     rounds: list[tuple[list[Launch], int, int]]  # products, chunks to combine, chunks to finish
 
 
@@ -310,6 +330,7 @@ def plan_power(
                 "WORK_TILE_SUMS": count,
                 "WORK_CHUNK_SUMS": cdiv(max(p, q, 1), configs.CHUNK),
                 "WORK_NORM": 1,
+                "WORK_LENGTHS": 4 * cdiv(max(p, q, 1), configs.CHUNK) if row["ESTIMATE"] else 0,
             }
             for name, numel in spaces.items():
                 row[name] = workspace_numel
@@ -347,6 +368,7 @@ def plan_power(
         workspace_numel=workspace_numel,
         vector_constants=configs.vector_constants(accumulate),
         chunks=len(job_of_chunk),
+        first_at_rest=sum(count for moves, _, count in chunks if moves),
         rounds=rounds,
     )
 

@@ -4,4 +4,5 @@
 #include "../../csrc/cuda/mean_bias.cu"
 #include "../../csrc/cuda/multiply.cu"
 #include "../../csrc/cuda/patch_mean.cu"
+#include "../../csrc/cuda/rest.cu"
 #include "../../csrc/cuda/scale.cu"
