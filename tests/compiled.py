@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 #: The compiler looks at `grad` of every input, and hides the warning that this may raise.
 quiet = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf",
-    "ignore:`torch.jit.script:DeprecationWarning",
+    "ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)",
 )
 
 

@@ -374,7 +374,7 @@ def test_vmap_over_weights_in_eval(form):
     torch.testing.assert_close(actual, torch.stack(expected))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)")
 @each_form
 def test_forward_mode_in_eval(form):
     loss, parameter = function_of(form, training=False)

@@ -30,8 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     # A hook sets its module's weight.
     pytest.mark.filterwarnings("ignore:The tensor attributes? .* w.* assigned during export"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is not supported:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)"),
     # The check of a trace calls the model again, which has other u and v then; shapes are fixed.
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]

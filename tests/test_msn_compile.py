@@ -81,7 +81,7 @@ def test_compiled_no_more_often_than_batch_norm(form, fresh_compiler):
 
 @double
 @compiles
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)")
 def test_inductor(fresh_compiler):
     model = fastsn.accelerate(network())
     eager = copy.deepcopy(model)

@@ -260,7 +260,8 @@ def loss_of(layer: nn.Module):
 @double
 @each_kind
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward mode
+# Forward mode itself uses torch.jit.
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)")
 def test_func_grad_and_jvp(kind, training, form):
     layer = small(kind).train(training)
     loss, parameters = loss_of(layer)
