@@ -27,7 +27,7 @@ from tolerances import assert_sum_no_worse
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fastsn import backends, engine, ops, reference
+from fastsn import engine, ops, reference
 from fastsn.sharded import operators as sharded
 
 count, four = sharded_cases.count, sharded_cases.four
@@ -41,7 +41,7 @@ each_order = pytest.mark.parametrize("v_first", [False, True], ids=["u-first", "
 
 def on_rank(case: Case) -> Found:
     call = sharded_call(case)
-    assert backends.select(call.weights) is sharded
+    assert engine.serving(call.weights) is sharded
     before = list(call.weights)
     grads = placed(case.grads(), case)
     found = step(call, grads, sharded)
