@@ -16,6 +16,7 @@ from torch import nn
 from fastsn.checkpoints import forms
 from fastsn.checkpoints.forms import Entry, Norm
 from fastsn.weights import find
+from fastsn.weights.find import Weight
 
 __all__ = ["convert_state_dict"]
 
@@ -30,12 +31,15 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
 
     Whatever is not whole or does not fit is left to torch, which reports it in its own words.
     """
+    weights = list(find.of_module(module))
+    for weight in weights:
+        # u and v of the hook form are not the random ones any more.
+        if weight.form == "hook" and weight.is_ours and f"{prefix}{weight.tensor_name}_v" in state:
+            weight.norm.drawn = None
+    if all(_is_as_here(weight, state, prefix) for weight in weights):
+        return
     for norm in list(forms.norms(module)):
         assert norm.form is not None
-        if norm.is_ours and forms.keys_of(norm.form, prefix, norm.name).get("v") in state:
-            _trust(module, norm.name)
-        if forms.fits(forms.look(state, norm.form, prefix, norm.name), norm):
-            continue
         found = forms.read(state, prefix, norm.name)
         if found is None or (norm.form in forms.WITHOUT_V and "u2" in found.roles):
             continue
@@ -51,11 +55,23 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
         state.update(forms.written(norm.form, prefix, norm.name, roles))
 
 
-def _trust(module: nn.Module, name: str) -> None:
-    """u and v of the hook form come from a checkpoint: they are not the random ones any more."""
-    for weight in find.of_module(module):
-        if weight.tensor_name == name and weight.is_ours:
-            weight.norm.drawn = None
+def _is_as_here(weight: Weight, state: dict[str, Any], prefix: str) -> bool:
+    """Whether a state dict has a weight just as the module does, so that nothing is to be done."""
+    name = weight.tensor_name
+    if weight.form == "parametrization":
+        own = f"{prefix}parametrizations.{name}.original"
+    elif weight.form == "hook" and prefix + name not in state:
+        own = f"{prefix}{name}_orig"
+    else:
+        return False
+    given = state.get(own)
+    if not weight.is_first or given is None or given.shape != weight.original().shape:
+        return False
+    for key, vector in weight.buffers().items():
+        given = state.get(prefix + key)
+        if given is None or given.shape != vector.shape or given.element_size() < 4:
+            return False
+    return True
 
 
 def install(module: nn.Module) -> None:

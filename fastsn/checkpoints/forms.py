@@ -175,22 +175,6 @@ def misfit(found: Entry, norm: Norm) -> str | None:
     return None
 
 
-def fits(found: Entry, norm: Norm) -> bool:
-    """Whether a weight is in the form of the model's, whole, and needs nothing done to it."""
-    if found.form != norm.form or missing(found) or found.keys[len(found.roles) :]:
-        return False
-    wide = all(x.element_size() >= 4 for role, x in found.roles.items() if role in VECTORS)
-    # Of BSN the second vectors may be there or not, as the model's are.
-    kind = "bidirectional" if "u2" in found.roles else "matrix"
-    return wide and kind == _kind(norm) and not misfit(found, norm)
-
-
-def _kind(norm: Norm) -> str:
-    assert norm.shape is not None and norm.dim is not None
-    has_two = len(engine.estimate_dims(norm.shape, norm.dim, norm.method.norm)) > 1
-    return "bidirectional" if has_two else "matrix"
-
-
 def widened(vector: Tensor, weight: Tensor) -> Tensor:
     """A vector of u and v, in fp32 where it is narrower."""
     return vector.to(torch.promote_types(vector.dtype, layout.accumulate_type(weight)))

@@ -96,8 +96,8 @@ def _replace(owner: Any) -> None:
 def is_similar(module: Any) -> bool:
     """Whether the layer is written in this way, with one singular value of a matrix as needed."""
     return bool(
-        callable(getattr(module, "W_", None))
-        and all(name in module._buffers for name in ("u0", "sv0"))
+        all(name in module._buffers for name in ("u0", "sv0"))
+        and callable(getattr(module, "W_", None))
         and all(hasattr(module, name) for name in ("num_svs", "num_itrs", "transpose", "eps"))
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and module.num_svs == 1
