@@ -319,13 +319,17 @@ def test_freezing_of_compiled_models(build):
     assert layer_of(model).num_batches_tracked == 2
 
 
-def test_a_frozen_norm_stays_frozen_when_it_becomes_part_of_a_layer():
+def test_the_mode_of_a_norm_stays_when_it_becomes_part_of_a_layer():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     freeze_by_type(model)
     fastsn.nn.convert_batchnorm(model)
     model(batches(1)[0])
     assert not model[0].num_batches_tracked
     model.train()(batches(1)[0])
+    assert model[0].num_batches_tracked == 1
+    model = nn.Sequential(nn.Conv2d(3, 4, 3).eval(), nn.BatchNorm2d(4))
+    fastsn.nn.convert_batchnorm(model)
+    model(batches(1)[0])
     assert model[0].num_batches_tracked == 1
 
 
