@@ -6,7 +6,8 @@
 # TORCH=...        what pip installs first, and then keeps. A build for CPUs is enough: where pip's
 #                  index has a larger one, name an index of such builds in PIP_INDEX_URL
 # ARGS=            options of study-msn: --quick, --cifar10 FOLDER, --lr 0.1 and others (--help);
-#                  of gpu: --seconds 900, --resume FOLDER, --prebuilt
+#                  of gpu: --seconds 900, --resume FOLDER, --prebuilt; of test-torch: what pytest
+#                  runs instead of its choice, as in ARGS=tests
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -16,6 +17,11 @@ BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
 SOURCES := $(shell find csrc -mindepth 1)
 BENCHMARKS := benchmarks/bench_weights.py benchmarks/bench_training.py
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/* tests/emulator/*/*))
+# Fails where torch's insides are no more what they were, or what is built upon them.
+TORCH_TESTS := $(patsubst %,tests/test_%.py,torch_internals_* accelerate autocast checkpoints \
+    compile composition copies ddp export fsdp functional hook parametrization recompute \
+    tensor_parallel trainers)
+TORCH_VENV := build/venv-$(subst torch==,,$(TORCH))
 BUILT := build/.built
 CONFIG := build/.config
 
@@ -28,7 +34,7 @@ TOOLS := $(VENV)/.tools
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-msn bench-quick study-msn gpu build clean FORCE
+.PHONY: help demo test test-torch lint format bench bench-msn bench-quick study-msn gpu build clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -38,6 +44,10 @@ demo: $(BUILT) ## train small GANs on digits with torch's and fastsn's spectral 
 
 test: lint ## lint, then all tests
 	$(PY) -m pytest
+
+test-torch: ## tests with another torch, in an environment of its own (TORCH=torch==2.14.1)
+	$(MAKE) build VENV=$(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pytest $(or $(ARGS),$(TORCH_TESTS))
 
 lint: $(BUILT) ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check

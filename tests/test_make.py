@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 ROOT = Path(__file__).parent.parent
 TARGETS = [
-    "help", "demo", "test", "lint", "format", "bench", "bench-msn", "bench-quick", "study-msn",
-    "gpu", "build", "clean",
+    "help", "demo", "test", "test-torch", "lint", "format", "bench", "bench-msn", "bench-quick",
+    "study-msn", "gpu", "build", "clean",
 ]  # fmt: skip
 
 # Writes its arguments down. `-m venv DIR` leaves a copy of it there, `-m pip freeze` a torch.
@@ -120,6 +120,25 @@ def test_fresh_machine(checkout: Checkout) -> None:
 
 def test_torch_can_be_chosen(checkout: Checkout) -> None:
     assert "-m pip install torch>=2.12" in checkout.make("build", "TORCH=torch>=2.12")
+
+
+def test_tests_with_another_torch_leave_the_environment_alone(checkout: Checkout) -> None:
+    checkout.make("build")
+    calls = checkout.make("test-torch", "TORCH=torch==0.1")
+    assert calls[:2] == ["-m venv build/venv-0.1", "-m pip install torch==0.1"]
+    assert calls[-1].startswith(
+        "-m pytest tests/test_torch_internals_*.py tests/test_accelerate.py "
+    )
+    assert checkout.make("test-torch", "TORCH=torch==0.1", "ARGS=tests/test_a.py") == [
+        "-m pytest tests/test_a.py"
+    ]
+    assert (checkout.folder / ".venv" / "constraints.txt").exists()
+
+
+def test_what_is_run_with_another_torch_exists() -> None:
+    command = run_make(ROOT, "-n", "test-torch", "TORCH=torch==0.1").splitlines()[-1]
+    patterns = command.split(" -m pytest ")[1].split()
+    assert patterns and all(any(ROOT.glob(pattern)) for pattern in patterns)
 
 
 def test_existing_environment_installs_nothing(checkout: Checkout) -> None:
