@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsn import cuda, ops, reference
 from fastsn import triton as triton_kernels
-from fastsn.torch_internals import modes
+from fastsn.torch_internals import devices, modes
 
 NAMES = ("cpp", "cuda", "triton", "reference")
 
@@ -132,7 +132,7 @@ def _cuda_starts() -> None:
 
 
 # Before the first tensor is on a GPU: the choice costs its calls nothing, whoever makes them.
-torch.cuda._lazy_call(_cuda_starts)
+devices.when_cuda_starts(_cuda_starts)
 
 
 # Who has said what: from now on, the last one counting, and within open `with` blocks. Each takes

@@ -179,12 +179,12 @@ def test_the_reference_serves_a_gpu_beside_those_that_can_run_them(machine, trit
     assert chosen("cuda:0", "cuda:1", "cuda:2") == ["cuda", "reference", "cuda"]
     assert backends.why_not("cuda") is None
     assert "backends.py" not in kernel_of_gpus()
-    monkeypatch.setattr(backends, "_default", "cuda")
+    monkeypatch.setattr(backends, "current_backend", lambda: "cuda")
     with pytest.raises(RuntimeError, match="but built for .*, not for this GPU's sm_75; these can"):
         chosen("cuda:1")
     assert chosen("cuda:2") == ["cuda"]
     if triton:
-        monkeypatch.setattr(backends, "_default", "triton")
+        monkeypatch.setattr(backends, "current_backend", lambda: "triton")
         assert chosen("cuda:0", "cuda:1") == ["triton", "triton"]
 
 

@@ -50,8 +50,10 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
             roles = forms.converted(found, norm.form, norm)
         for key in found.keys:
             del state[key]
-        weight = roles["weight"]
-        roles = {k: forms.widened(x, weight) if k in forms.VECTORS else x for k, x in roles.items()}
+        original = roles["weight"]
+        roles = {
+            k: forms.widened(x, original) if k in forms.VECTORS else x for k, x in roles.items()
+        }
         state.update(forms.written(norm.form, prefix, norm.name, roles))
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastsn import backends, layout
 from fastsn.sharded.shares import Cut, Shares, constant, cuts, shares_of
+from fastsn.torch_internals import foreach
 
 __all__ = ["estimate", "power_"]
 
@@ -80,8 +81,8 @@ def power_(
             state.copy_(torch.where(_spread(sigmas == 0, sizes), given, state))
         moving = [e.number for e in estimates if n_power_iterations[e.layer]]
         if moving:
-            torch._foreach_copy_([u[e] for e in moving], [run.u[e] for e in moving])
-            torch._foreach_copy_([v[e] for e in moving], [run.v[e] for e in moving])
+            foreach.copy_([u[e] for e in moving], [run.u[e] for e in moving])
+            foreach.copy_([v[e] for e in moving], [run.v[e] for e in moving])
         return torch.cat([state, sigmas])
 
 
@@ -346,7 +347,7 @@ class _Run:
             ):
                 places.append(part.of(whole))
                 values.append(value.view(part.sizes()))
-        torch._foreach_copy_(places, values)
+        foreach.copy_(places, values)
 
     def _normalize(self, steps: list[_Step], products: Tensor, sizes: list[int]) -> None:
         """Vectors and sigmas out of the products x, y of every step.
@@ -365,7 +366,7 @@ class _Run:
             count = len(step.parts())
             places += (vectors if step.u_first else vectors[::-1])[:count]
             values += units[2 * i : 2 * i + count]
-        torch._foreach_copy_(places, values)
+        foreach.copy_(places, values)
         both, first = ((y / a).square() / b).unbind(), (x.square() / a).unbind()
         for i, step in enumerate(steps):
             self.sigmas[step.estimate.number] = (both if step.estimate.is_natural else first)[i]
