@@ -71,7 +71,7 @@ def test_copied_after_a_forward(normalize):
 @double
 @each_copy
 @each_model
-def test_what_evaluation_remembers_is_not_copied(build, make_copy):
+def test_evaluation_leaves_nothing_to_copy(build, make_copy):
     model = build()
     x = chain_input()
     model(x)

@@ -1,4 +1,4 @@
-"""u, v and what is remembered, on a GPU: policies, memory, checkpoints, precision, logging."""
+"""u and v on a GPU: policies, evaluation, checkpoints, precision, logging."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ def test_activation_checkpoints(form, reentrant):
 
 @each_torch_form
 @torch.no_grad()
-def test_evaluation_remembers_and_notices(form):
+def test_evaluation_sees_every_write(form):
     model, x = made(form).eval(), images()
     torch.testing.assert_close(model(x), model(x), rtol=0, atol=0)
     for change in (
         lambda w: w.mul_(-1),
         lambda w: w.copy_(torch.randn_like(w)),
         lambda w: setattr(w, "data", torch.randn_like(w)),
+        lambda w: w.data.copy_(torch.randn_like(w)),
     ):
         change(max(model.parameters(), key=lambda p: p.ndim))
         torch.testing.assert_close(model(x), copy.deepcopy(model)(x))
@@ -147,7 +148,7 @@ def test_averages_keep_their_norm(form):
         optimizer.step()
         average.update_parameters(model)
     with torch.no_grad():
-        average.eval()(images())
+        fastsn.converge(average.eval())
         used = fastsn.refresh(average.module)
     for name, weight in used.items():
         matrix = as_matrix(weight.double(), int(name == "2.weight"))  # the transposed convolution
