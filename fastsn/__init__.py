@@ -17,6 +17,7 @@ from fastsn.model.policy import (
 )
 from fastsn.model.resync import resync
 from fastsn.model.sigma_logger import SigmaLogger
+from fastsn.model.unnormalized import unnormalized
 
 __version__ = "0.1.0"
 
@@ -42,5 +43,6 @@ __all__ = [
     "set_update_policy",
     "sigmas",
     "spectral_norm",
+    "unnormalized",
     "use_backend",
 ]

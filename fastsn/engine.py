@@ -117,8 +117,9 @@ State = tuple[list[Tensor], list[Tensor], int]
 class Pass(NamedTuple):
     """One pass over many weights: they, their u and v, and how often each iterates.
 
-    Where a weight does not iterate, u and v are directions: their lengths do not count, and they
-    are not written. ``dtype``: of the normalized weights, if not their own.
+    Where a weight does not iterate, u and v are directions: their lengths do not count (but where
+    eps is so large that it may have made them short), and they are not written. ``dtype``: of the
+    normalized weights, if not their own.
     """
 
     call: Call
@@ -164,11 +165,38 @@ def iterate(work: Pass) -> Tensor:
     """The snapshot after the iterations of each weight."""
     call, weights, u, v, iterations, _ = work
     backend = serving(weights)
-    if not any(iterations):
-        return backend.estimate(weights, u, v, call.layers, call.dims)
-    return backend.power_(
-        weights, u, v, call.layers, call.dims, iterations, call.eps, call.v_first, call.zero_guard
-    )
+    lengths = _lengths(work)
+    if any(iterations):
+        snapshot = backend.power_(
+            weights, u, v, call.layers, call.dims, iterations, call.eps, call.v_first,
+            call.zero_guard,
+        )  # fmt: skip
+    else:
+        snapshot = backend.estimate(weights, u, v, call.layers, call.dims)
+    return snapshot if lengths is None else snapshot * lengths
+
+
+# A larger one may be what has made a vector shorter than a unit: then its length is a part of what
+# training computes, and evaluation computes the same.
+_SMALL_EPS = 1e-3
+
+
+def _lengths(work: Pass) -> Tensor | None:
+    """What a snapshot is to be multiplied with where lengths count; None where they do not."""
+    call, weights, u, v, iterations, _ = work
+    if call.eps <= _SMALL_EPS or all(iterations):
+        return None
+    wide = layout.accumulate_type(weights[0])
+    factors, sigmas = [], []
+    for e, layer in enumerate(call.layers):
+        sigma = torch.ones((), dtype=wide, device=u[e].device)
+        for x in (u[e], v[e]):
+            length = torch.linalg.vector_norm(x.detach(), dtype=wide)
+            factor = torch.ones_like(length) if iterations[layer] else length.real.to(wide)
+            factors.append(factor.expand(len(x)))
+            sigma = sigma * factor
+        sigmas.append(sigma)
+    return torch.cat([*factors, torch.stack(sigmas)])
 
 
 def scale(
@@ -184,7 +212,8 @@ def normalize(work: Pass) -> tuple[list[Tensor], Tensor]:
     """The normalized weights, and the snapshot that they are made from."""
     call, weights, u, v, iterations, dtype = work
     if (
-        serving(weights) is ops
+        (call.eps <= _SMALL_EPS or all(iterations))
+        and serving(weights) is ops
         and not torch.compiler.is_compiling()
         and not torch.overrides.has_torch_function(weights)
     ):

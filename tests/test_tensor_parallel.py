@@ -59,7 +59,10 @@ def plan(*names: str) -> dict[str, object]:
 
 
 def parallelize(model: nn.Module, *names: str) -> nn.Module:
-    return parallelize_module(model, mesh(), plan(*names)) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    with fastsn.unnormalized(model):
+        return parallelize_module(model, mesh(), plan(*names))
 
 
 def batch(step: int) -> Tensor:
@@ -92,7 +95,7 @@ CASES = [
     (form, order, accelerated)
     for form, order in [
         ("hook", "before"), ("parametrization", "before"), ("parametrization", "after"),
-        ("module", "after"),
+        ("module", "after"), ("hook", "after"),
     ]
     for accelerated in (False, True)
 ]  # fmt: skip
@@ -121,16 +124,26 @@ def test_hooks_and_then_columns(two, accelerated):
     assert_same(two(trained_hooks, accelerated), trained_hooks(accelerated))
 
 
-def parallelize_hooked_rows() -> None:
+def parallelize_normalized(form: str, name: str) -> None:
     model = Net()
-    normalize(model, "hook", "SN")
-    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
-        parallelize(model, "down")
+    normalize(model, form, "SN")
+    before = contents(model)
+    error = (RuntimeError, "expected a plain layer to distribute, got ParametrizedLinear, whose")
+    if name == "down":  # torch's: it reads the normalized weight, which is no parameter
+        error = (RuntimeError, "should be used to distribute leaf tensors")
+    if form == "hook":  # torch's: the attribute that the hook keeps is in the way
+        error = (KeyError, "attribute 'weight' already exists")
+    with pytest.raises(error[0], match=error[1]):
+        parallelize_module(model, mesh(), plan(name))
+    if name == "up":
+        torch.testing.assert_close(contents(model), before, rtol=0, atol=0)
 
 
-def test_hooks_and_then_rows(two):
-    """torch's error: the style wants to register `weight`, which the hook keeps as an attribute."""
-    two(parallelize_hooked_rows)
+@pytest.mark.parametrize(
+    "form, name", [("hook", "down"), ("parametrization", "up"), ("parametrization", "down")]
+)
+def test_normalized_layers_are_not_distributed_in_silence(two, form, name):
+    two(parallelize_normalized, form, name)
 
 
 def types_under_autocast() -> list[torch.dtype]:
@@ -193,7 +206,8 @@ def counted(blocks: int, kinds: tuple[str, ...]) -> tuple[list[int], list[int]]:
     styles = {"col": ColwiseParallel(), "row": RowwiseParallel()}
     for block in model:
         for kind in kinds:
-            parallelize_module(block[kind], mesh(), styles[kind])
+            with fastsn.unnormalized(block[kind]):
+                parallelize_module(block[kind], mesh(), styles[kind])
     model.forward = lambda x: sum(
         full_sum(layer.weight) for block in model for layer in block.values()
     )
@@ -254,7 +268,7 @@ def fail_to_partition() -> None:
         assert type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)
         raise ArithmeticError("stop")
 
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(ArithmeticError), fastsn.unnormalized(layer):
         distribute_module(layer, mesh(), fails)
     torch.testing.assert_close(contents(layer), before, rtol=0, atol=0)
     assert parametrize.is_parametrized(layer, "weight")
@@ -274,7 +288,6 @@ def parallelize_copy(accelerated: bool) -> dict[str, Tensor]:
         fastsn.accelerate(model)  # takes over torch's
     else:
         fastsn.grouping.take_over(model)
-        fastsn.parametrizations.install_shortcut(model.up, "weight")
     model = parallelize(copy.deepcopy(model))
     return train(model, batch)
 
@@ -363,7 +376,8 @@ def train_in_two_dimensions(accelerated: bool) -> dict[str, Tensor]:
     normalize(model, "parametrization", "SN")
     if dist.is_initialized():
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-        parallelize_module(model, both["tensor"], plan("up", "down"))
+        with fastsn.unnormalized(model):
+            parallelize_module(model, both["tensor"], plan("up", "down"))
         fully_shard(model, mesh=both["data"])
     if accelerated:
         fastsn.accelerate(model)

@@ -78,7 +78,7 @@ def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> Non
                 raise RuntimeError(
                     f"expected a plain layer to distribute, got {type(self).__name__}, whose "
                     f"{own} is normalized already: call parallelize_module or distribute_module "
-                    "first, and spectral_norm after it"
+                    "before spectral_norm, or within fastsn.unnormalized(model)"
                 )
     super(parametrized.parametrized_class(self), self).register_parameter(name, param)
     fsdp.moved_back(self, name, param)

@@ -79,8 +79,9 @@ class SpectralNorm(Normalizer, TorchHook):
             setattr(module, self.name, weight)
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             raise RuntimeError(
-                f"{self.name} is sharded by fully_shard, and MultiheadAttention reads it without "
-                "running hooks: use fastsn.parametrizations.spectral_norm instead"
+                f"{self.name} of {type(module).__name__} is sharded by fully_shard, and "
+                "MultiheadAttention reads it without running hooks: use "
+                "fastsn.parametrizations.spectral_norm instead"
             )
         super().put(module, weight)
 
