@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import each_type
+from compiled import quiet
 from means_calls import Geometry, conv, linear, make_channels_last
 from tolerances import assert_sum_no_worse
 from torch import Tensor
@@ -182,6 +183,7 @@ def test_compile_with_any_batch(geometry, last):
 @each_gradient
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [False, True])
+@quiet
 def test_opcheck(geometry, dtype, last):
     input, weight, gain, beta = arguments(geometry, dtype)
     input = (make_channels_last(input.detach()) if last else input.detach()).requires_grad_()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import LAYOUTS, Call, each_layout, gradients_for, make_call, random
+from compiled import quiet
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -119,6 +120,7 @@ SAMPLES = {
 }
 
 
+@quiet
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
 def test_opcheck(sample):
     call = sample()
