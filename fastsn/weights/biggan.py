@@ -60,8 +60,7 @@ class BigGanNorm(Normalizer):
 
         Outside training every iteration starts from the same u, so that one does what many do.
         """
-        moves = training and self.may_move(True) and not recompute.is_repeating()
-        if moves:
+        if self.may_move(training):
             n = self.iterations(weight, holder.num_itrs)
             if n:
                 self.v = v[0] if self.policy == "step" else None

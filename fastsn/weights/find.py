@@ -28,6 +28,7 @@ class Weight(NamedTuple):
     tensor_name: str
     form: str
     norm: Any  # its normalizer, or torch's object; None: the layer itself does it
+    holder: Any  # the module whose buffers u and v are
 
     @property
     def name(self) -> str:
@@ -38,11 +39,6 @@ class Weight(NamedTuple):
     def is_ours(self) -> bool:
         """Whether fastsn normalizes it, or a class derived from fastsn's."""
         return isinstance(self.norm, Normalizer)
-
-    @property
-    def holder(self) -> Any:
-        """The module whose buffers u and v are."""
-        return self.norm if self.form == "parametrization" else self.module
 
     @property
     def is_first(self) -> bool:
@@ -107,14 +103,14 @@ def of_module(module: Any, path: str = "") -> Iterator[Weight]:
         for name, norms in module.parametrizations.items():
             for norm in norms:
                 if isinstance(norm, TorchParametrization):
-                    yield Weight(module, path, name, "parametrization", norm)
+                    yield Weight(module, path, name, "parametrization", norm, norm)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, TorchHook):
-            yield Weight(module, path, hook.name, "hook", hook)
+            yield Weight(module, path, hook.name, "hook", hook, module)
     if biggan.is_similar(module):
-        yield Weight(module, path, "weight", "biggan", biggan.of(module))
+        yield Weight(module, path, "weight", "biggan", biggan.of(module), module)
     elif "sn_u" in module._buffers and "weight" in module._parameters:
-        yield Weight(module, path, "weight", "mimicry", None)
+        yield Weight(module, path, "weight", "mimicry", None, module)
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:

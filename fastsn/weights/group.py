@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsn import engine, layout, ops
+from fastsn import engine, layout, ops, recompute
 from fastsn.engine import Call, Pass, State
 from fastsn.sharded import placements
 from fastsn.torch_internals import calls, parametrized
@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     call: Call
     dtype: torch.dtype | None  # of the normalized weights, if not their own
     owner: tuple[Any, ...]  # all normalizers: the batch, whoever plans it
+    keeps_sigma: bool
 
     def run(self, originals: Sequence[Tensor], vectors: Sequence[Vectors]) -> list[Any]:
         """What each layer gets; iterates as their modes say."""
@@ -36,8 +37,7 @@ class Batch(NamedTuple):
             results: list[Any] = list(Gathering(self.call, originals, snapshot, self.dtype).parts())
         else:
             results, snapshot = normalizer.normalize(self.owner, work, self._moves_on)
-        keeps = [weight for weight in self.weights if weight.norm.keeps_sigma]
-        if keeps:
+        if self.keeps_sigma:
             sigmas = layout.sigmas_of(snapshot, self.call.layers)
             for weight, sigma in zip(self.weights, sigmas, strict=True):
                 weight.norm.keep_sigma(weight.holder, sigma)
@@ -53,10 +53,10 @@ class Batch(NamedTuple):
     def _states(
         self, originals: Sequence[Tensor], vectors: Sequence[Vectors], at_rest: bool = False
     ) -> Iterator[State]:
+        rests = at_rest or recompute.is_repeating()
         for weight, original, (u, v) in zip(self.weights, originals, vectors, strict=True):
             holder = weight.holder
-            training = holder.training and not at_rest
-            yield weight.norm.state(holder, original, training, u, v)
+            yield weight.norm.state(holder, original, holder.training and not rests, u, v)
 
     def _moves_on(self) -> bool:
         return any(weight.norm.moves_on(weight.holder.training) for weight in self.weights)
@@ -82,7 +82,9 @@ def plan(weights: Iterable[Weight], low: torch.dtype | None = None) -> list[Batc
 
 
 def _batch(weights: list[Weight], each: list[Call], dtype: torch.dtype | None) -> Batch:
-    return Batch(weights, engine.joined(each), dtype, tuple(weight.norm for weight in weights))
+    norms = tuple(weight.norm for weight in weights)
+    keeps_sigma = any(norm.keeps_sigma for norm in norms)
+    return Batch(weights, engine.joined(each), dtype, norms, keeps_sigma)
 
 
 Kind = tuple[torch.device, torch.dtype, Any]
@@ -169,14 +171,16 @@ class Group:
                 if not originals:
                     continue
             results = batch.run(originals, vectors)
+            thread = normalizer.this_thread()
             for weight, normalized in zip(batch.weights, results, strict=True):
-                weight.norm.put(weight.module, normalized)
+                weight.norm.put(weight.module, normalized, thread)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the root: a weight that nothing has read must not be read later."""
         if module is self.root:
             for weight in self.weights:
-                weight.norm.transient.take()
+                if weight.norm.transient.pending:
+                    weight.norm.transient.take()
 
 
 def _present(

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
-from fastsn import engine
+from fastsn import engine, recompute
 from fastsn.engine import Method
 from fastsn.sharded import placements
 from fastsn.torch_internals import fsdp
@@ -72,7 +72,7 @@ class SpectralNorm(Normalizer, TorchHook):
         original = module._parameters.get(f"{name}_orig")
         return module._buffers.get(f"{name}_orig") if original is None else original
 
-    def put(self, module: Any, weight: Any) -> None:
+    def put(self, module: Any, weight: Any, thread: int) -> None:
         # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
         # out_proj without calling it, and no hook runs.
         if not isinstance(weight, Unscaled):
@@ -83,7 +83,7 @@ class SpectralNorm(Normalizer, TorchHook):
                 "MultiheadAttention reads it without running hooks: use "
                 "fastsn.parametrizations.spectral_norm instead"
             )
-        super().put(module, weight)
+        super().put(module, weight, thread)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         """The normalized weight, after ``n_power_iterations`` steps (v, then u) if asked for.
@@ -93,7 +93,8 @@ class SpectralNorm(Normalizer, TorchHook):
         weight = self._original(module)
         if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
             # A subclass with a matrix of its own: only torch's formula knows no more than that.
-            state = self.state(module, weight, do_power_iteration, *self.vectors(module))
+            moves = do_power_iteration and not recompute.is_repeating()
+            state = self.state(module, weight, moves, *self.vectors(module))
             return super().compute_weight(module, state[2] > 0)
         if do_power_iteration == module.training:
             return self.read(module, weight)

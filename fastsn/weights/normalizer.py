@@ -35,9 +35,9 @@ class Transient:
     def __reduce__(self) -> tuple[Any, ...]:
         return Transient, ()
 
-    def put(self, weight: Any) -> None:
+    def put(self, weight: Any, thread: int) -> None:
         """Leaves a weight for the next read of this thread."""
-        self.pending[0 if torch.compiler.is_compiling() else threading.get_ident()] = weight
+        self.pending[thread] = weight
 
     def take(self) -> Any:
         """What was left for this thread, or None."""
@@ -46,6 +46,11 @@ class Transient:
         if torch.compiler.is_compiling():  # which knows no threads
             return self.pending.pop(list(self.pending)[0])
         return self.pending.pop(threading.get_ident(), None)
+
+
+def this_thread() -> int:
+    """Under which a weight is left. The compiler knows no threads."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Normalizer:
@@ -94,9 +99,9 @@ class Normalizer:
         """Whether the weight may be put in the type that autocast would cast it to."""
         return False
 
-    def put(self, module: Any, weight: Any) -> None:
-        """Leaves a normalized weight for the next read."""
-        self.transient.put(weight)
+    def put(self, module: Any, weight: Any, thread: int) -> None:
+        """Leaves a normalized weight for the next read of a thread."""
+        self.transient.put(weight, thread)
 
     def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
         """What a read of the layer's attribute returns, out of the normalized weight."""
@@ -124,7 +129,8 @@ class Normalizer:
         return kept[kind]
 
     def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
-        state = self.state(holder, weight, training, *self.vectors(holder))
+        moves = training and not recompute.is_repeating()
+        state = self.state(holder, weight, moves, *self.vectors(holder))
         work = Pass(self.call(holder, weight.shape), [weight], *state[:2], [state[2]])
         normalized, snapshot = normalize((self, "own"), work, lambda: self.moves_on(training))
         if self.keeps_sigma:
@@ -147,14 +153,13 @@ class Normalizer:
     def state(
         self, holder: Any, weight: Tensor, training: bool, u: list[Tensor], v: list[Tensor]
     ) -> State:
-        """u, v and the iterations of the forward that comes now.
+        """u, v and the iterations of the forward that comes now, in this mode.
 
         Where u and v are to stay, the ones given back may be others, for this forward alone.
         """
         if self.was_meta:
             self._settle(holder, weight, u, v)
-        moves = training and self.may_move(True) and not recompute.is_repeating()
-        n = self.iterations(weight, self.n_power_iterations) if moves else 0
+        n = self.iterations(weight, self.n_power_iterations) if self.may_move(training) else 0
         if self.drawn is not None:
             if n:
                 self.drawn = None

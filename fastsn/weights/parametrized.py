@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrization
 
-from fastsn import engine
+from fastsn import engine, recompute
 from fastsn.engine import Method, Pass
 from fastsn.sharded import placements
 from fastsn.weights import autocast, normalizer
@@ -115,7 +115,8 @@ class _SpectralNorm(Normalizer, TorchParametrization):
                 f"norm={self.method.norm!r}"
             )
         matrix = self._reshape_weight_to_matrix(weight)
-        n = self.state(self, weight, self.training, *self.vectors(self))[2]
+        moves = self.training and not recompute.is_repeating()
+        n = self.state(self, weight, moves, *self.vectors(self))[2]
         if n:
             self._power_method(matrix, n)
         # Copies: u and v may move on before the backward.
@@ -125,7 +126,12 @@ class _SpectralNorm(Normalizer, TorchParametrization):
         return engine.constrain(weight, sigma, self.method)
 
     def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return normalizer.vectors_in(holder._buffers, "")
+        buffers = holder._buffers
+        if "_u2" not in buffers:
+            u, v = buffers["_u"], buffers["_v"]
+            if normalizer.is_usable(u) and normalizer.is_usable(v):
+                return [u], [v]
+        return normalizer.vectors_in(buffers, "")
 
     def source(self, module: Any, name: str) -> Tensor | None:
         lists = module._modules.get("parametrizations")
