@@ -294,3 +294,16 @@ def test_running_means_move_once(reentrant):
     model = nn.Sequential(fastsn.nn.MSNLinear(4, 5), nn.Tanh(), fastsn.nn.MeanOnlyBatchNorm1d(5))
     checkpoint(model, torch.randn(3, 4).requires_grad_(), use_reentrant=reentrant).sum().backward()
     assert model[0].num_batches_tracked == model[2].num_batches_tracked == 1
+
+
+@double
+@pytest.mark.parametrize(
+    "name", ["hook", "parametrization", "hook, grouped", "parametrization, grouped"]
+)
+def test_checkpoints_that_watch_their_operators(name):
+    """`debug=True` runs them under a mode that sees every operator."""
+
+    def watched(model, x):
+        return checkpoint(model, x, use_reentrant=False, debug=True)
+
+    torch.testing.assert_close(results(MODELS[name], watched), results(MODELS[name], plainly))

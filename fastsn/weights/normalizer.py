@@ -160,11 +160,11 @@ class Normalizer:
         if self.was_meta:
             self._settle(holder, weight, u, v)
         n = self.iterations(weight, self.n_power_iterations) if self.may_move(training) else 0
-        if self.drawn is not None:
+        # A graph cannot look, and is not to be made anew for it: there it is as in torch.
+        if not torch.compiler.is_compiling() and self.drawn is not None:
             if n:
                 self.drawn = None
-            # What is traced before any training must not depend on them either.
-            elif not modes.is_transformed() and (not modes.is_eager() or self._are_drawn(u + v)):
+            elif modes.is_eager() and self._are_drawn(u + v):
                 return [x.clone() for x in u], [x.clone() for x in v], WARM_UP
         return u, v, n
 
@@ -222,7 +222,7 @@ def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[lis
 
     ``moves_on``: whether u and v could have moved since a first forward of which nothing is known.
     """
-    if not modes.is_eager():
+    if torch.compiler.is_compiling():
         return engine.normalize(work)
     snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is not None:
@@ -234,7 +234,7 @@ def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[lis
 
 def iterate(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> Tensor:
     """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
-    if not modes.is_eager():
+    if torch.compiler.is_compiling():
         return engine.iterate(work)
     snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is None:
