@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerated import chain, chain_input
+from accelerated import Calls, chain, chain_input
 from answers import answers
 from test_biggan import Conv, Linear
 from torch import nn
@@ -300,10 +300,12 @@ def test_running_means_move_once(reentrant):
 @pytest.mark.parametrize(
     "name", ["hook", "parametrization", "hook, grouped", "parametrization, grouped"]
 )
-def test_checkpoints_that_watch_their_operators(name):
-    """`debug=True` runs them under a mode that sees every operator."""
+def test_checkpoints_within_a_mode_that_sees_every_operator(name):
+    """As a FLOP counter or the debug mode of checkpoints sets one."""
 
     def watched(model, x):
-        return checkpoint(model, x, use_reentrant=False, debug=True)
+        return checkpoint(model, x, use_reentrant=False)
 
-    torch.testing.assert_close(results(MODELS[name], watched), results(MODELS[name], plainly))
+    with Calls():
+        actual = results(MODELS[name], watched)
+    torch.testing.assert_close(actual, results(MODELS[name], plainly))

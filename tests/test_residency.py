@@ -239,3 +239,27 @@ def test_hooks_that_come_later_leave_the_layers_in_the_group():
     model[5].register_forward_pre_hook(lambda module, args: None, prepend=True)
     names = calls_of(lambda: model(chain_input()))
     assert names == [("power_", 2), ("scale", 2), ("power_", 1), ("scale", 1)]
+
+
+@pytest.mark.usefixtures("double")
+@each
+def test_gradients_that_are_turned_on_within_the_forward(ours, theirs):
+    """As forces and test-time training do; the group was served without."""
+
+    class Outer(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            with torch.enable_grad():
+                self.body(x).square().sum().backward()
+
+    gradients = []
+    fast, plain = pair(ours, theirs)
+    for model in (fastsn.accelerate(Outer(fast)), Outer(plain)):
+        with torch.no_grad():
+            model(torch.linspace(-1, 1, 32).view(4, 2, 4))
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(grad is not None for grad in gradients[0])
+    torch.testing.assert_close(*gradients)

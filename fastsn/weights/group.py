@@ -160,9 +160,9 @@ class Group:
         if module is not self.root or parametrized.is_cached():
             return
         if any(weight.norm.transient.pending for weight in self.weights):
-            if torch.compiler.is_compiling() or calls.is_called_within_itself(module):
+            if not torch.compiler.is_compiling() and calls.is_called_within_itself(module):
                 return  # the outer call has served the layers
-            # Left by a forward that was interrupted from outside: no hook has heard of its end.
+            # Left by a forward that was interrupted, or that failed in a graph: no hook has heard.
             self.after(module, args, None)
         for batch, originals in self.batches(self._low()):
             vectors = [weight.vectors() for weight in batch.weights]

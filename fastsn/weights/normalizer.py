@@ -145,7 +145,9 @@ class Normalizer:
         """
         if isinstance(given, Unscaled):
             given = given.normalized(weight)
-        if autocast.fits(given, weight):
+        # Gradients may have been turned on since the group was served.
+        lacks_graph = torch.is_grad_enabled() and weight.requires_grad and not given.requires_grad
+        if autocast.fits(given, weight) and not lacks_graph:
             return given
         call = self.call(holder, weight.shape)
         return engine.normalize(Pass(call, [weight], *self.vectors(holder), [0]))[0][0]
