@@ -371,6 +371,15 @@ class TestInterpreter:
         snapshot = call.estimate(backend)
         assert snapshot[start:][: shape[side == "v"]].isnan().all() and snapshot[-1].isnan()
 
+    @pytest.mark.parametrize("length", [0.3, 1e30, 1e-30])
+    def test_vectors_of_more_chunks_than_a_block_at_rest(self, length):
+        """Of which the last chunk has other numbers than the first ones."""
+        call = make_call([random(1, 66_000)], iterations=0, lengths=length)
+        call.v[0][:65_000] *= 1e-3
+        exact = call.copy(torch.float64).estimate(reference)
+        snapshot = call.estimate(backend).double()
+        torch.testing.assert_close(snapshot, exact, rtol=1e-5, atol=1e-7)
+
     @pytest.mark.parametrize("side", ["weights", "u", "v"])
     @pytest.mark.parametrize("iterations", [0, 1])
     def test_storages_of_power(self, side, iterations):
