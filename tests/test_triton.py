@@ -452,7 +452,8 @@ class TestInterpreter:
         names = []
 
         def record(kernel, count, *args, **constants):
-            names.append(kernel.__name__)
+            if count:
+                names.append(kernel.__name__)
             launch(kernel, count, *args, **constants)
 
         launch = operators._launch
@@ -490,6 +491,8 @@ class TestInterpreter:
         assert launches_of(forward) == ["pack", *power, "pack", "pack", *scaled]
         assert launches_of(forward) == [*power, "pack", *scaled]
         assert launches_of(backward) == ["pack", "dot", "gradient"]
+        resting = launches_of(lambda: call.estimate(backend))
+        assert [name for name in resting if name != "pack"] == ["measure", *power[:3]]
 
     def test_other_weights_at_the_same_addresses(self, caches):
         memory = random(2000)
@@ -553,7 +556,7 @@ class TestInterpreter:
             for v_first in (False, True):
                 call = make_call([random(*size, dtype=dtype) for size in sizes], v_first=v_first)
                 call.run(gradients_for(call), backend)
-            snapshot = call.power(backend)
+            snapshot = call.estimate(backend)
             for result in ALL_TYPES:
                 backend.scale(call.weights, snapshot, *call.constraint(), result)
                 grads = [random(*size).to(result) for size in sizes]
