@@ -95,22 +95,6 @@ std::vector<bool> present(
   return result;
 }
 
-// What changes when one of the tensors does, as far as torch can tell: version counters, addresses,
-// strides and types. None where one is a subclass that may hide its memory, or counts no versions.
-std::optional<py::bytes> versions(const py::list& list) {
-  std::vector<int64_t> found;
-  for (const auto& tensor : tensors_of(list)) {
-    if (tensor.is_inference() || tensor.key_set().has(c10::DispatchKey::Python)) {
-      return std::nullopt;
-    }
-    found.push_back(static_cast<int64_t>(tensor._version()));
-    found.push_back(reinterpret_cast<int64_t>(tensor.unsafeGetTensorImpl()->data()));
-    found.push_back(static_cast<int64_t>(tensor.scalar_type()));
-    found.insert(found.end(), tensor.strides().begin(), tensor.strides().end());
-  }
-  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
-}
-
 }  // namespace
 
 // Importing the module registers the operators; what it exports tells how it was built.
@@ -126,5 +110,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &fastsn::cpu_capability);
   m.def("normalize", &normalize);
   m.def("present", &present);
-  m.def("versions", &versions);
 }

@@ -42,6 +42,3 @@ def present(
 
     They are plain floating tensors on one device, of shapes that fit, with storages large enough.
     """
-
-def versions(tensors: Sequence[Tensor]) -> bytes | None:
-    """What changes when a tensor does, as far as torch can tell; None for subclasses and such."""

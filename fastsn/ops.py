@@ -27,7 +27,6 @@ __all__ = [
     "present",
     "scale",
     "scale_backward",
-    "versions",
 ]
 
 power_ = torch.ops.fastsn.power_.default
@@ -39,7 +38,6 @@ patch_mean_backward = torch.ops.fastsn.patch_mean_backward.default
 mean_bias = torch.ops.fastsn.mean_bias.default
 normalize = _C.normalize
 present = _C.present
-versions = _C.versions
 
 
 def _check_device(device: torch.device, **arguments: Sequence[Tensor] | Tensor | None) -> None:

@@ -31,8 +31,10 @@ BUILDS = ROOT / "build" / "emulated"
 # The kernels and the operators of spectral normalization.
 OPERATORS = [
     TESTS / "emulator" / "kernels.cpp",
-    ROOT / "csrc" / "cuda" / "ops.cpp",
     ROOT / "csrc" / "cuda" / "plan.cpp",
+    ROOT / "csrc" / "cuda" / "power.cpp",
+    ROOT / "csrc" / "cuda" / "scale.cpp",
+    ROOT / "csrc" / "cuda" / "weights.cpp",
     ROOT / "csrc" / "estimates.cpp",
 ]
 SOURCES = [

@@ -64,7 +64,7 @@ def plan(units, members, inner, unit_first, aligned=True, item_bytes=4) -> Cut:
 
 
 def matrix(shape: tuple[int, ...], dim: int) -> tuple[int, int, int]:
-    """Units, members and inner of a contiguous weight; `matrix_of` in ops.cpp."""
+    """Units, members and inner of a contiguous weight; `matrix_of` in weights.cpp."""
     outer, rows, inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :])
     return (rows, outer * inner, 1) if outer == 1 or rows == 1 else (outer, rows, inner)
 

@@ -15,8 +15,10 @@ struct Shape {
 };
 
 // At most this many contiguous columns make a row short: the kernels then run along (row, column)
-// pairs, with the vectors over columns repeated and those over rows expanded to match.
+// pairs, with the vectors over columns repeated and those over rows expanded to match. A repeated
+// one has up to 16 times as many elements and is on the stack: 2 KB.
 constexpr int64_t kShortInner = 32;
+static_assert(kShortInner * 64 <= 2048, "bytes of a SIMD vector per element");
 
 // Inner loops of the CPU back-end for one weight type, accumulating in Acc. Vectors over columns
 // are in memory order. Every function is a pure function of its arguments: which thread runs it,

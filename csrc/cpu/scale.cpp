@@ -1,6 +1,6 @@
 #include "../estimates.h"
 #include "kernels.h"
-#include "memory.h"
+#include "results.h"
 #include "tiles.h"
 
 #include <ATen/ops/empty_like.h>
@@ -13,8 +13,10 @@ namespace fastsn {
 namespace {
 
 // Elements handled at a time in the backward: a block stays in the first-level cache while the
-// outer products of all estimates are added to it.
+// outer products of all estimates are added to it. That has 32 KB at least, of which fp64 takes
+// half.
 constexpr int64_t kBlock = 2048;
+static_assert(kBlock * sizeof(double) <= 16 * 1024);
 
 std::vector<Tile> cut_flat(at::TensorList tensors, int64_t& total) {
   std::vector<Tile> tiles;

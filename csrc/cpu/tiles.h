@@ -18,10 +18,14 @@ struct Tile {
   int64_t end;
 };
 
-// About this many elements make a tile: it stays in a second-level cache between two uses.
+// About this many elements make a tile: it stays in a second-level cache between two uses. Those
+// have 256 KB at least, of which fp32 takes half and the vectors that go with it some more.
 constexpr int64_t kTileNumel = 32 * 1024;
-// More tiles than this per item would only add partial results to sum up.
+static_assert(kTileNumel * sizeof(float) <= 128 * 1024);
+// More tiles than this per item would only add partial results to sum up: each one is as long as a
+// vector, and a square matrix of so many whole tiles has 1024 columns, 1/32 of a tile.
 constexpr int64_t kMaxTiles = 32;
+static_assert(kMaxTiles * kTileNumel == 1024 * 1024);
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerialNumel = 16 * 1024;
 

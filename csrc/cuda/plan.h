@@ -22,14 +22,20 @@ constexpr int most_threads(int bytes) { return bytes == 8 ? kThreads : kManyThre
 constexpr int kPack = 4;
 // Packs that a thread holds: as many as it has registers for.
 constexpr int packs(bool is_double) { return is_double ? 4 : 8; }
+// Such a block may have half of the 64 Ki registers of a multiprocessor: 128 a thread, of which the
+// elements and as many sums take a half.
+static_assert(2 * kPack * packs(false) * kThreads * 2 <= 32 * 1024);
+static_assert(2 * kPack * packs(true) * 2 * kThreads * 2 <= 32 * 1024);
 
 // Threads of a block of `finish`, and elements of the second vector that it sums up.
 constexpr int kFinishThreads = 512;
 constexpr int kReduceChunk = 64;
+static_assert(kFinishThreads % (kReduceChunk / kPack) == 0, "whole packs side by side");
 // Vectors of up to so many elements together are normalized by one block, the last one of `finish`;
 // longer ones by many, in a launch of their own.
 constexpr int kNormalizedAtOnce = 16 * 1024;
 constexpr int kNormalizeTile = 8 * kFinishThreads;
+static_assert(kNormalizedAtOnce % kNormalizeTile == 0);
 constexpr int kNormNumel = 3;
 
 // Threads of a block of `rest`, and elements that each of them has in registers, all on their way

@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+// In a file of its own, unlike on the CPU: tests register the same functions under another name,
+// for kernels in the emulator.
 TORCH_LIBRARY_IMPL(fastsn, CUDA, m) {
   m.impl("power_", &fastsn::cuda::power_);
   m.impl("estimate", &fastsn::cuda::estimate);

@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "results.h"
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
