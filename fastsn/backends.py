@@ -211,8 +211,8 @@ class use_backend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _here.reset(self._tokens.pop())
         _contexts.remove(self)
+        _here.reset(self._tokens.pop())
         _heed()
 
 

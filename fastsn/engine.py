@@ -257,6 +257,13 @@ def init_vectors(
     v: list[Tensor] = []
     for dim in dims:
         for length, vectors in zip(layout.matrix_shape(weight.shape, dim), (u, v), strict=True):
-            drawn = weight.detach().new_empty(length).normal_(0, 1, generator=generator)
-            vectors.append(F.normalize(drawn, dim=0, eps=eps))
+            vectors.append(draw_vector(weight, length, eps, generator))
     return u, v
+
+
+def draw_vector(
+    like: Tensor, length: int, eps: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """One random unit vector."""
+    drawn = like.detach().new_empty(length).normal_(0, 1, generator=generator)
+    return F.normalize(drawn, dim=0, eps=eps)

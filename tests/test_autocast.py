@@ -113,9 +113,9 @@ def types_read(model: Net, x: Tensor) -> dict[str, torch.dtype]:
     }
 
     class Noting(Transient):
-        def put(self, weight, thread):
-            seen[names[self]] = weight.dtype
-            super().put(weight, thread)
+        def put(self, left, thread):
+            seen[names[self]] = left.normalized.dtype
+            super().put(left, thread)
 
     for transient in names:
         transient.__class__ = Noting

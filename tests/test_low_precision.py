@@ -118,9 +118,9 @@ def test_the_normalized_weight_comes_in_autocasts_type(dtype):
     seen = []
 
     class Noting(Transient):
-        def put(self, weight, thread):
-            seen.append(weight)
-            super().put(weight, thread)
+        def put(self, left, thread):
+            seen.append(left.normalized)
+            super().put(left, thread)
 
     for layer in model:
         layer.parametrizations.weight[0].transient.__class__ = Noting

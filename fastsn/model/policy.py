@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,8 +11,7 @@ import torch
 from torch import nn
 
 from fastsn import engine
-from fastsn.engine import Pass
-from fastsn.weights import cache, find, normalizer
+from fastsn.weights import cache, find
 from fastsn.weights.find import Weight
 from fastsn.weights.normalizer import POLICIES, Normalizer
 
@@ -31,6 +31,13 @@ def _normalizers(model: nn.Module) -> list[Normalizer]:
     found = find.normalizers(model)
     if not found:
         raise ValueError(_nothing_in(model))
+    others = [weight.name for weight in find.weights(model) if not weight.is_ours]
+    if others:
+        warnings.warn(
+            f"this reaches the weights that fastsn normalizes, not those of {others}: "
+            "fastsn.accelerate takes over torch's",
+            stacklevel=3,
+        )
     return found
 
 
@@ -133,9 +140,7 @@ def converge(model: T_module, n_power_iterations: int = engine.WARM_UP) -> T_mod
     if not isinstance(n_power_iterations, int) or n_power_iterations < 1:
         raise ValueError(f"n_power_iterations must be at least 1, got {n_power_iterations!r}")
     for weight in _weights(model):
-        original = weight.original().detach()
-        work = Pass(weight.call(), [original], *weight.vectors(), [n_power_iterations])
-        engine.iterate(work)
+        weight.norm.converge(weight.holder, weight.original(), n_power_iterations)
     return model
 
 
@@ -215,8 +220,7 @@ def reset_parameters(model: T_module, generator: torch.Generator | None = None) 
                 "to_empty first"
             )
     for weight in found:
-        original = weight.original().detach()
-        normalizer.restart(weight.call(), original, *weight.vectors(), generator)
+        weight.norm.restart(weight.holder, weight.original(), generator)
     return model
 
 

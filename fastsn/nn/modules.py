@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastsn import parametrizations
+from fastsn.engine import WARM_UP
 from fastsn.weights import classes
 
 
@@ -58,7 +59,7 @@ class Normalized:
         plain: Any = _blank(self.plain)
         plain.__dict__.update(self.__dict__, _parameters={**parameters, "weight": norms.original})
         plain.reset_parameters()
-        norms[0].adapt(norms.original)
+        norms[0].converge(norms[0], norms.original, WARM_UP)
 
     def __repr__(self) -> str:
         name = parametrize.type_before_parametrizations(self).__name__  # type: ignore[arg-type]

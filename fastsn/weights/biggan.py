@@ -112,9 +112,28 @@ def of(module: Any) -> BigGanNorm | None:
 
 def adopt(module: Any) -> None:
     """Makes fastsn compute the layer's weight from now on, if it is similar."""
-    if _NORMALIZER not in module.__dict__ and is_similar(module):
-        owner = next(cls for cls in type(module).__mro__ if "W_" in cls.__dict__)
-        module.__dict__[_NORMALIZER] = BigGanNorm(owner)
+    if _NORMALIZER in module.__dict__ or not is_similar(module):
+        return
+    owner = next(cls for cls in type(module).__mro__ if "W_" in cls.__dict__)
+    norm = BigGanNorm(owner)
+    if _does_the_same(module, norm):
+        module.__dict__[_NORMALIZER] = norm
+
+
+@torch.no_grad()
+def _does_the_same(module: Any, norm: BigGanNorm) -> bool:
+    """Whether the layer's own method computes nothing else, such as a gain of its own."""
+    if module.weight.is_meta:
+        return True
+    was_training = module.training
+    module.eval()
+    try:
+        theirs, ours = module.W_(), norm.read(module, module.weight)
+    finally:
+        module.train(was_training)
+    # A weight of zeros has no norm by either.
+    same = torch.allclose(theirs, ours.to(theirs), rtol=1e-2, atol=1e-6, equal_nan=True)
+    return same and theirs.shape == module.weight.shape
 
 
 def fold(module: Any) -> None:

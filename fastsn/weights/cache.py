@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsn.torch_internals import modes
 from fastsn.weights import autocast
 
+# A weight and its normalized one, by what that depends on besides.
+Kept = dict[Any, tuple[Tensor, Tensor]]
 # For each normalizer that is remembered: what has been read, by what it depends on besides the
 # weight. Of this thread alone: another one has not asked.
-_remembered: ContextVar[dict[Any, dict[Any, Tensor]] | None] = ContextVar(
-    "fastsn_remembered", default=None
-)
+_remembered: ContextVar[dict[Any, Kept] | None] = ContextVar("fastsn_remembered", default=None)
 
 
 @contextmanager
@@ -35,9 +36,10 @@ def is_active() -> bool:
     return _remembered.get() is not None
 
 
-def of(normalizer: Any) -> dict[Any, Tensor] | None:
+def of(normalizer: Any) -> Kept | None:
     """What a normalizer has read since it began to remember; None where it does not."""
-    if torch.compiler.is_compiling():
+    # What a transform of torch.func or a graph has made is of no use outside of it.
+    if torch.compiler.is_compiling() or modes.is_transformed():
         return None
     remembered = _remembered.get()
     return None if remembered is None else remembered.get(normalizer)

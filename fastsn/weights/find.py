@@ -126,9 +126,14 @@ def is_groupable(weight: Weight) -> bool:
     weights, whose norm is exact, weights that another parametrization has changed before, and
     those before whose read something else is to run.
     """
-    if type(weight.norm) not in _EXACT:
-        return False
-    original = weight.ahead()
+    original = weight.ahead() if type(weight.norm) in _EXACT else None
+    return original is not None and original.ndim > 1
+
+
+def is_alone(weight: Weight) -> bool:
+    """Whether a grouped call outside of any forward can serve it: hooks of the layer run later."""
+    is_exact = type(weight.norm) in _EXACT
+    original = weight.norm.source(weight.module, weight.tensor_name) if is_exact else None
     return original is not None and original.ndim > 1
 
 

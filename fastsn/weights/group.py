@@ -88,12 +88,35 @@ def _batch(weights: list[Weight], each: list[Call], dtype: torch.dtype | None) -
 
 
 Kind = tuple[torch.device, torch.dtype, Any]
+# The passes, and the kinds of their weights.
+Planned = tuple[list[Batch], list[Kind | None]]
 
 
 def _kind(original: Tensor | None) -> Kind | None:
     if type(original) is nn.Parameter or original is None:
         return None if original is None else (original.device, original.dtype, None)
     return original.device, original.dtype, placements.of(original)
+
+
+def _planned(weights: list[Weight], low: torch.dtype | None) -> Planned:
+    # Those that are split in a way which no call can serve may be gathered when they are read.
+    served = [weight for weight in weights if placements.is_supported(weight.original())]
+    batches = plan(served, low)
+    return batches, [_kind(weight.original()) for batch in batches for weight in batch.weights]
+
+
+def _links(root: nn.Module, weights: list[Weight]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Where the layers of these weights, and what they are in, hang in the model."""
+    paths = set()
+    for weight in weights:
+        names = weight.path.split(".")
+        paths |= {".".join(names[:i]) for i in range(1, len(names))}
+    links = []
+    for prefix, module in root.named_modules():
+        for key, child in module._modules.items():
+            if child is not None and (f"{prefix}.{key}" if prefix else key) in paths:
+                links.append((module._modules, key, child))
+    return links
 
 
 class Group:
@@ -110,38 +133,38 @@ class Group:
         self._find()
 
     def _find(self) -> None:
-        self.weights = [
+        weights = [
             weight
             for weight in find.weights(self.root)
             if find.is_groupable(weight) and weight.norm.transient.server in (None, self)
         ]
-        for weight in self.weights:
+        for weight in weights:
             weight.norm.transient.server = self
-        self._plans: dict[torch.dtype | None, tuple[list[Batch], list[Kind | None]]] = {}
-        self._plan(None)
+        # The attributes last, and whole: other threads may be looking.
+        plans: dict[torch.dtype | None, Planned] = {None: _planned(weights, None)}
+        self.weights, self._links, self._plans = weights, _links(self.root, weights), plans
 
-    def _plan(self, low: torch.dtype | None) -> tuple[list[Batch], list[Kind | None]]:
-        # Those that are split in a way which no call can serve may be gathered when they are read.
-        served = [weight for weight in self.weights if placements.is_supported(weight.original())]
-        batches = plan(served, low)
-        kinds = [_kind(weight.original()) for batch in batches for weight in batch.weights]
-        self._plans[low] = batches, kinds
-        return batches, kinds
+    def _plan(self, low: torch.dtype | None) -> Planned:
+        plans = self._plans
+        if low not in plans:
+            plans[low] = _planned(self.weights, low)
+        return plans[low]
 
     # A copy has weights of its own, which it finds when they are all there.
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "weights": [], "_plans": {None: ([], [None])}}
+        return {"root": self.root, "weights": [], "_links": [], "_plans": {None: ([], [None])}}
 
     def _ahead(self, weight: Weight) -> Tensor | None:
         return weight.ahead() if weight.norm.transient.server is self else None
 
     def batches(self, low: torch.dtype | None = None) -> list[tuple[Batch, list[Tensor]]]:
         """The passes to make and their weights, planned anew when layers came, went or changed."""
-        batches, kinds = self._plans.get(low) or self._plan(low)
+        batches, kinds = self._plan(low)
         planned = [(batch, [self._ahead(w) for w in batch.weights]) for batch in batches]
-        if [_kind(original) for _, originals in planned for original in originals] != kinds:
+        found = [_kind(original) for _, originals in planned for original in originals]
+        if found != kinds or not all(table.get(key) is m for table, key, m in self._links):
             self._find()
-            batches, _ = self._plans.get(low) or self._plan(low)
+            batches, _ = self._plan(low)
             planned = [(batch, [self._ahead(w) for w in batch.weights]) for batch in batches]
         return planned  # type: ignore[return-value]  # a weight that is None changes the kinds
 
@@ -172,8 +195,8 @@ class Group:
                     continue
             results = batch.run(originals, vectors)
             thread = normalizer.this_thread()
-            for weight, normalized in zip(batch.weights, results, strict=True):
-                weight.norm.put(weight.module, normalized, thread)
+            for weight, original, normalized in zip(batch.weights, originals, results, strict=True):
+                weight.norm.put(weight.module, normalizer.Left(normalized, original), thread)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the root: a weight that nothing has read must not be read later."""
@@ -230,7 +253,7 @@ def batches_of(model: nn.Module) -> list[tuple[Batch, list[Tensor]]]:
     Raises:
         ValueError: a weight is distributed in a way that is not supported.
     """
-    weights = [weight for weight in find.weights(model) if find.is_groupable(weight)]
+    weights = [weight for weight in find.weights(model) if find.is_alone(weight)]
     for weight in weights:
         placements.check(weight.original(), weight.name)
     return [(batch, [w.original() for w in batch.weights]) for batch in plan(weights)]

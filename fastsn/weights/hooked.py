@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fastsn.sharded import placements
 from fastsn.torch_internals import fsdp
 from fastsn.weights import normalizer
 from fastsn.weights.gathering import Unscaled
-from fastsn.weights.normalizer import Normalizer
+from fastsn.weights.normalizer import Left, Normalizer
 
 
 class SpectralNorm(Normalizer, TorchHook):
@@ -60,7 +59,7 @@ class SpectralNorm(Normalizer, TorchHook):
         hook.was_meta = weight.is_meta
         hook.drawn = None if weight.is_meta else [x.clone() for x in drawn]  # type: ignore
         hook.prepare()
-        _let_pickle(module)
+        _let_pickle(type(module))
         return hook
 
     def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,18 +71,18 @@ class SpectralNorm(Normalizer, TorchHook):
         original = module._parameters.get(f"{name}_orig")
         return module._buffers.get(f"{name}_orig") if original is None else original
 
-    def put(self, module: Any, weight: Any, thread: int) -> None:
+    def put(self, module: Any, left: Left, thread: int) -> None:
         # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
         # out_proj without calling it, and no hook runs.
-        if not isinstance(weight, Unscaled):
-            setattr(module, self.name, weight)
+        if not isinstance(left.normalized, Unscaled):
+            setattr(module, self.name, left.normalized)
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             raise RuntimeError(
                 f"{self.name} of {type(module).__name__} is sharded by fully_shard, and "
                 "MultiheadAttention reads it without running hooks: use "
                 "fastsn.parametrizations.spectral_norm instead"
             )
-        super().put(module, weight, thread)
+        super().put(module, left, thread)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         """The normalized weight, after ``n_power_iterations`` steps (v, then u) if asked for.
@@ -91,14 +90,25 @@ class SpectralNorm(Normalizer, TorchHook):
         u and v are updated in place, in the buffers' own storage: ``DataParallel`` relies on it.
         """
         weight = self._original(module)
-        if type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix:
-            # A subclass with a matrix of its own: only torch's formula knows no more than that.
+        if self._has_own_matrix():
+            # Only torch's formula knows no more than that.
             moves = do_power_iteration and not recompute.is_repeating()
             state = self.state(module, weight, moves, *self.vectors(module))
             return super().compute_weight(module, state[2] > 0)
         if do_power_iteration == module.training:
             return self.read(module, weight)
         return self._compute(module, weight, do_power_iteration)
+
+    def _has_own_matrix(self) -> bool:
+        return type(self).reshape_weight_to_matrix is not TorchHook.reshape_weight_to_matrix
+
+    @torch.no_grad()
+    def converge(self, holder: Any, weight: Tensor, n_power_iterations: int) -> None:
+        if not self._has_own_matrix():
+            super().converge(holder, weight, n_power_iterations)
+            return
+        for _ in range(-(-n_power_iterations // self.n_power_iterations)):
+            TorchHook.compute_weight(self, holder, do_power_iteration=True)
 
     def _original(self, module: nn.Module) -> Tensor:
         name = self.name + "_orig"
@@ -128,8 +138,6 @@ class SpectralNorm(Normalizer, TorchHook):
             hook = getattr(registered, "hook", registered)
             if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn is self:
                 del module._load_state_dict_pre_hooks[key]
-        if isinstance(module.__dict__.get("__getstate__"), _GetState):
-            del module.__dict__["__getstate__"]
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         weight = self.compute_weight(module, do_power_iteration=module.training)
@@ -138,31 +146,30 @@ class SpectralNorm(Normalizer, TorchHook):
             setattr(module, self.name, weight)
         else:  # what setattr does with a plain attribute, but for the search before
             own[self.name] = weight
-        if "__getstate__" not in own and not torch.compiler.is_compiling():
-            _let_pickle(module)  # of a module that comes out of a copy or a pickle
+        if not torch.compiler.is_compiling():
+            _let_pickle(type(module))  # of a module that comes out of a pickle
 
 
-class _GetState:
-    """The ``__getstate__`` of a module with this form.
+def _let_pickle(cls: Any) -> None:
+    """Lets modules of a class be copied and pickled that have this form.
 
-    After a forward the module has its weight with a graph behind it, which refuses to be copied or
-    to be sent to another process. What copies and pickles get is the value.
+    After a forward such a module has its weight with a graph behind it, which refuses to be copied
+    or to be sent to another process. What copies and pickles get is the value. All else is as the
+    class, and those it is derived from, had it; an attribute of the module would be copied along
+    with its ``__dict__`` and speak of another module then.
     """
+    before = getattr(cls, "__getstate__", None)  # none before Python 3.11, but for a class's own
+    if getattr(before, "_is_fastsn", False):
+        return
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-
-    def __call__(self) -> Any:
-        module: Any = self._module()
-        cls: Any = type(module)
-        state = cls.__getstate__(module)
-        if not isinstance(state, dict):
+    def __getstate__(self: Any) -> Any:
+        state = self.__dict__ if before is None else before(self)
+        hooks = [h for h in self._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+        if not hooks or not isinstance(state, dict):
             return state
-        state = dict(state)
-        state.pop("__getstate__", None)
-        values = {}
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SpectralNorm) and isinstance(state.get(hook.name), Tensor):
+        state, values = dict(state), {}
+        for hook in hooks:
+            if isinstance(state.get(hook.name), Tensor):
                 normalized = state[hook.name]
                 state[hook.name] = values[id(normalized)] = normalized.detach()
         if "_flat_weights" in state:  # of an RNN, which holds them twice
@@ -170,9 +177,8 @@ class _GetState:
             state["_flat_weights"] = [values.get(id(weight), weight) for weight in flat]
         return state
 
-
-def _let_pickle(module: nn.Module) -> None:
-    module.__dict__["__getstate__"] = _GetState(module)
+    __getstate__._is_fastsn = True  # type: ignore[attr-defined]
+    cls.__getstate__ = __getstate__
 
 
 def adopt(module: nn.Module) -> None:
@@ -183,4 +189,4 @@ def adopt(module: nn.Module) -> None:
             own.__class__ = SpectralNorm
             own.was_meta = getattr(module, f"{hook.name}_u").is_meta
             own.prepare()
-            _let_pickle(module)
+            _let_pickle(type(module))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn import engine, recompute
+from fastsn import engine, layout, recompute
 from fastsn.engine import WARM_UP, Call, Method, Pass, State
 from fastsn.sharded import placements
 from fastsn.torch_internals import modes
@@ -22,6 +22,28 @@ POLICIES = ("forward", "step", "frozen")
 NARROW = (torch.bfloat16, torch.float16)
 
 
+class Left:
+    """A normalized weight that a group has left, and the weight that it is of."""
+
+    __slots__ = ("normalized", "original", "state")
+
+    def __init__(self, normalized: Any, original: Tensor) -> None:
+        self.normalized, self.original = normalized, original
+        # A graph reads no versions; what it changes, it changes behind all of its reads.
+        self.state = None if torch.compiler.is_compiling() else steps.state_of(original)
+
+    def of(self, weight: Tensor) -> Any:
+        """The normalized weight, or None if the weight to be read is not the one that it is of."""
+        if isinstance(self.normalized, Unscaled):  # made of the weight as it is when it is read
+            return self.normalized
+        if weight is not self.original:
+            return None
+        if self.state is not None and not torch.compiler.is_compiling():
+            if self.state != steps.state_of(weight):
+                return None
+        return self.normalized
+
+
 class Transient:
     """What belongs to a normalizer and its replicas, and to no copy of it."""
 
@@ -30,21 +52,21 @@ class Transient:
         self.seen: object = None  # the weight that u and v have last moved for, of policy "step"
         self.server: Any = None  # the group that serves this weight
         # What that has left for the next read, by the thread that is to read it.
-        self.pending: dict[int, Any] = {}
+        self.pending: dict[int, Left] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Transient, ()
 
-    def put(self, weight: Any, thread: int) -> None:
+    def put(self, left: Left, thread: int) -> None:
         """Leaves a weight for the next read of this thread."""
-        self.pending[thread] = weight
+        self.pending[thread] = left
 
-    def take(self) -> Any:
+    def take(self) -> Left | None:
         """What was left for this thread, or None."""
         if not self.pending:
             return None
-        if torch.compiler.is_compiling():  # which knows no threads
-            return self.pending.pop(list(self.pending)[0])
+        if torch.compiler.is_compiling():  # which knows no threads: whose it is must be plain
+            return self.pending.pop(list(self.pending)[0]) if len(self.pending) == 1 else None
         return self.pending.pop(threading.get_ident(), None)
 
 
@@ -99,9 +121,9 @@ class Normalizer:
         """Whether the weight may be put in the type that autocast would cast it to."""
         return False
 
-    def put(self, module: Any, weight: Any, thread: int) -> None:
+    def put(self, module: Any, left: Left, thread: int) -> None:
         """Leaves a normalized weight for the next read of a thread."""
-        self.transient.put(weight, thread)
+        self.transient.put(left, thread)
 
     def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
         """What a read of the layer's attribute returns, out of the normalized weight."""
@@ -116,17 +138,19 @@ class Normalizer:
         """The normalized weight, for one use of it: left by a grouped call, or computed now."""
         transient = self.transient
         if transient.pending or recompute.is_repeating():
-            given = recompute.take(transient.take(), self, holder.training)
+            left = transient.take()
+            given = None if left is None else left.of(weight)
+            given = recompute.take(given, self, holder.training)
             if given is not None:
                 return self._settled(given, holder, weight)
         kept = cache.of(self)
         if kept is None:
             return self._compute(holder, weight, holder.training)
         kind = cache.kind(weight)
-        if kind not in kept:
+        if kind not in kept or kept[kind][0] is not weight:
             # What is remembered has moved u and v already.
-            kept[kind] = self._compute(holder, weight, holder.training and not kept)
-        return kept[kind]
+            kept[kind] = weight, self._compute(holder, weight, holder.training and not kept)
+        return kept[kind][1]
 
     def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
         moves = training and not recompute.is_repeating()
@@ -141,16 +165,15 @@ class Normalizer:
         """A weight that was left, in the type that is right for its use.
 
         Where the weight was sharded when the group was served, it is normalized here.
-        Where autocast has been turned off in between, it is computed again with the same u and v.
+        Where autocast, gradients or inference mode have been switched in between, it is computed
+        again with the same u and v.
         """
         if isinstance(given, Unscaled):
             given = given.normalized(weight)
-        # Gradients may have been turned on since the group was served.
         lacks_graph = torch.is_grad_enabled() and weight.requires_grad and not given.requires_grad
-        if autocast.fits(given, weight) and not lacks_graph:
+        if autocast.fits(given, weight) and not lacks_graph and not _is_bound(given):
             return given
-        call = self.call(holder, weight.shape)
-        return engine.normalize(Pass(call, [weight], *self.vectors(holder), [0]))[0][0]
+        return self._compute(holder, weight, training=False)
 
     def state(
         self, holder: Any, weight: Tensor, training: bool, u: list[Tensor], v: list[Tensor]
@@ -211,12 +234,37 @@ class Normalizer:
         """
         if weight.is_meta:
             return
-        call = self.call(holder, weight.shape)
         if not are_units(u + v):
-            restart(call, weight, u, v, torch.Generator(weight.device).manual_seed(0))
+            self.restart(holder, weight, torch.Generator(weight.device).manual_seed(0))
         # A weight that has no values yet either would spoil them.
-        sigma = engine.iterate(Pass(call, [weight.detach()], u, v, [0]))[-1]
-        self.was_meta = not bool(sigma.isfinite())
+        values = placements.plain(weight.detach())
+        norm = torch.linalg.vector_norm(values, dtype=layout.accumulate_type(values))
+        self.was_meta = not bool(norm.isfinite())
+
+    @torch.no_grad()
+    def converge(self, holder: Any, weight: Tensor, n_power_iterations: int) -> None:
+        """Iterates u and v for a weight, in place."""
+        u, v = self.vectors(holder)
+        call = self.call(holder, weight.shape)
+        engine.iterate(Pass(call, [weight.detach()], u, v, [n_power_iterations]))
+
+    @torch.no_grad()
+    def restart(
+        self, holder: Any, weight: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Draws u and v anew, in place, and iterates them for the weight.
+
+        For a weight that is not finite they stay as drawn: a first value must not spoil all later
+        ones.
+        """
+        like = placements.stand_in(weight).detach()
+        vectors = [x for pair in zip(*self.vectors(holder), strict=True) for x in pair]
+        drawn = [engine.draw_vector(like, len(x), self.eps, generator) for x in vectors]
+        placements.agree(weight, drawn)
+        _write(vectors, drawn)
+        self.converge(holder, weight, WARM_UP)
+        if not are_units(vectors):
+            _write(vectors, drawn)
 
 
 def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[list[Tensor], Tensor]:
@@ -264,26 +312,13 @@ def _snapshot_of_first(owner: Any, moves_on: Callable[[], bool]) -> Tensor | Non
     return None
 
 
-@torch.no_grad()
-def restart(
-    call: Call,
-    weight: Tensor,
-    u: list[Tensor],
-    v: list[Tensor],
-    generator: torch.Generator | None = None,
-) -> None:
-    """Draws u and v anew, in place, and iterates them for the weight.
-
-    For a weight that is not finite they stay as drawn: a first value must not spoil all later ones.
-    """
-    like = placements.stand_in(weight)
-    new_u, new_v = engine.init_vectors(like, call.dims, call.eps, generator)
-    drawn = [x for pair in zip(new_u, new_v, strict=True) for x in pair]
-    placements.agree(weight, drawn)
-    _write(u + v, new_u + new_v)
-    engine.iterate(Pass(call, [weight], u, v, [WARM_UP]))
-    if not are_units(u + v):
-        _write(u + v, new_u + new_v)
+def _is_bound(given: Tensor) -> bool:
+    """Whether a tensor was made in inference mode, and is to be used outside of it."""
+    return (
+        not torch.compiler.is_compiling()
+        and given.is_inference()
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def _write(vectors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrization
 
 from fastsn import engine, recompute
-from fastsn.engine import Method, Pass
+from fastsn.engine import Method
 from fastsn.sharded import placements
 from fastsn.weights import autocast, normalizer
 from fastsn.weights.normalizer import Normalizer
@@ -88,7 +88,7 @@ class _SpectralNorm(Normalizer, TorchParametrization):
                 self.register_buffer(f"_u{suffix}", u)
                 self.register_buffer(f"_v{suffix}", v)
             placements.agree(weight, list(self.buffers()))
-            self.adapt(weight)
+            self.converge(self, weight, engine.WARM_UP)
         self.was_meta = weight.is_meta
         self.prepare()
 
@@ -160,18 +160,17 @@ class _SpectralNorm(Normalizer, TorchParametrization):
         return weight
 
     @torch.no_grad()
-    def adapt(self, weight: Tensor) -> None:
-        """Iterates u and v for a new weight, as often as at registration."""
+    def converge(self, holder: Any, weight: Tensor, n_power_iterations: int) -> None:
         if self._has_own_matrix():
-            self._power_method(self._reshape_weight_to_matrix(weight), engine.WARM_UP)
-            return
-        u, v = self.vectors(self)
-        engine.iterate(Pass(self.call(self, weight.shape), [weight], u, v, [engine.WARM_UP]))
+            self._power_method(self._reshape_weight_to_matrix(weight), n_power_iterations)
+        else:
+            super().converge(holder, weight, n_power_iterations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before: dict[str, Any] = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, after in self._buffers.items():
+            self.was_meta = self.was_meta or (after is not None and after.is_meta)
             # half() and its like round weights, but not u and v
             if after is not None and after.dtype in normalizer.NARROW and not before[name].is_meta:
                 self._buffers[name] = before[name].to(after.device, torch.float32)

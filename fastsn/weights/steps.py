@@ -18,6 +18,12 @@ def _count(*_: Any) -> None:
     _done += 1
 
 
+def state_of(weight: Tensor) -> tuple[int | None, int]:
+    """What tells most changes of a weight: its version, and where it lies."""
+    version = None if weight.is_inference() else weight._version
+    return version, weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) else 0
+
+
 def stamp(weight: Tensor) -> object:
     """Differs from that of before once any optimizer has done a step, or the weight is seen
     to be another.
@@ -28,8 +34,5 @@ def stamp(weight: Tensor) -> object:
     global _counting
     if _counting is None:
         _counting = register_optimizer_step_post_hook(_count)
-    version = None if weight.is_inference() else weight._version
-    is_plain = type(weight) in (Tensor, nn.Parameter)
     # FSDP2 gathers a weight into other memory each time.
-    place = weight.data_ptr() if is_plain and not fsdp.is_sharding() else 0
-    return _done, version, place
+    return _done, *state_of(weight)[: 1 if fsdp.is_sharding() else 2]
