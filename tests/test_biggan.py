@@ -367,3 +367,33 @@ def test_the_reference_computes_the_same():
         assert calls_of(lambda: fast(*example())) == []
         plain(*example())
         assert_same_steps(plain, fast, *example())
+
+
+class Gained(Linear):
+    """A gain of its own, which is 1 when the layer is made."""
+
+    def init_norm(self, rows, **options):
+        super().init_norm(rows, **options)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def W_(self):
+        return self.gain * super().W_()
+
+
+@double
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_layer_that_does_more_than_normalize_is_left_alone(on_meta):
+    layer = Gained(5, 4)
+    values = copy.deepcopy(layer.state_dict())
+    model = nn.Sequential(layer, Linear(4, 3))
+    model = model.to("meta") if on_meta else model
+    fastsn.accelerate(model)
+    assert [name for name in fastsn.sigmas(model)] == ["1.weight"]
+    model = model.to_empty(device="cpu") if on_meta else model
+    layer.load_state_dict(values)
+    with torch.no_grad():
+        layer.gain.fill_(3.0)
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(
+        layer.eval()(x) - layer.bias, 3 * F.linear(x, Linear.W_(layer)), rtol=1e-9, atol=0
+    )

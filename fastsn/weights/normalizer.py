@@ -182,7 +182,7 @@ class Normalizer:
 
         Where u and v are to stay, the ones given back may be others, for this forward alone.
         """
-        if self.was_meta:
+        if self.was_meta and not modes.is_transformed():  # a transform brings its own
             self._settle(holder, weight, u, v)
         n = self.iterations(weight, self.n_power_iterations) if self.may_move(training) else 0
         # A graph cannot look, and is not to be made anew for it: there it is as in torch.
