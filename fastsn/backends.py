@@ -42,30 +42,24 @@ def why_not(name: str) -> str | None:
 def _why_not_for(name: str, weight: Tensor) -> str | None:
     if name == "reference":
         return None
-    device = weight.device.type
     if weight.is_complex():
         return f"it has no kernels for {weight.dtype}"
-    if name == "cpp" and device not in ("cpu", "meta"):
+    if name == "cpp" and not (weight.is_cpu or weight.is_meta):
         return f"it runs on the CPU, the weights are on {weight.device}"
-    if name == "cuda" and device != "cuda":
+    if name == "cuda" and not weight.is_cuda:
         return f"it runs on CUDA devices, the weights are on {weight.device}"
     if name == "cuda" and (reason := cuda.why_not_on(weight.device)):
         return reason
     if name == "triton":
         if not triton_kernels.serves(weight.device):
             return why_not(name) or f"it does not run on {weight.device}, where the weights are"
-        if current_backend() == "auto" and device == "cuda" and cuda.are_mixed():
+        if current_backend() == "auto" and weight.is_cuda and cuda.are_mixed():
             return "compiled kernels serve other GPUs"
     if modes.is_transformed():
         return "torch.func transforms and forward-mode differentiation need the reference"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the flag alone costs more
-        if torch.onnx.is_in_onnx_export():
-            return "ONNX has none of its operators"
+    if modes.is_recorded() and torch.onnx.is_in_onnx_export():  # the flag alone costs more
+        return "ONNX has none of its operators"
     return None
-
-
-#: The compiled kernels of each kind of device, which nearly every call gets.
-_USUAL = {"cpu": "cpp", "meta": "cpp", "cuda": "cuda"}
 
 
 def choose(weight: Tensor) -> str:
@@ -76,8 +70,8 @@ def choose(weight: Tensor) -> str:
     """
     forced = current_backend()
     if forced == "auto":
-        usual = _USUAL.get(weight.device.type)
-        if usual is not None and _why_not_for(usual, weight) is None:
+        usual = "cuda" if weight.is_cuda else "cpp"  # what nearly every call gets
+        if _why_not_for(usual, weight) is None:
             return usual
         return next(name for name in NAMES if _why_not_for(name, weight) is None)
     reason = _why_not_for(forced, weight)
@@ -218,7 +212,7 @@ class use_backend:
 
 def current_backend() -> str:
     """The name given to :func:`use_backend` for this thread, or ``"auto"``."""
-    if torch.compiler.is_compiling():
+    if modes.is_read_by_dynamo():
         return _traced
     return _here.get() or _default
 

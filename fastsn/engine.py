@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsn import backends, layout, ops
 from fastsn.sharded import placements
+from fastsn.torch_internals import modes
 
 NORMS = ("matrix", "bidirectional")
 
@@ -25,7 +26,13 @@ WARM_UP = 15
 
 
 class Method(NamedTuple):
-    """What is done to a weight: a norm and a constraint, validated by :func:`check_method`."""
+    """What is done to a weight: a norm and a constraint, validated by :func:`check_method`.
+
+    Example::
+
+        >>> fastsn.functional.Method(norm="bidirectional").changed()
+        {'norm': 'bidirectional'}
+    """
 
     norm: str = "matrix"
     scale: float = 1.0
@@ -47,6 +54,11 @@ def check_method(
 
     Raises:
         ValueError: ``norm`` is not one of ``NORMS``, or ``scale`` is not finite and positive.
+
+    Example::
+
+        >>> fastsn.functional.check_method(scale=2)
+        Method(norm='matrix', scale=2.0, bound=False, zero_guard=False)
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
@@ -60,6 +72,11 @@ def estimate_dims(shape: Sequence[int], dim: int, norm: str) -> tuple[int, ...]:
 
     ``dim`` for SN; ``dim`` and the other of the first two for BSN, unless the weight is a matrix or
     a 1x1 convolution: both matricizations are then each other's transposes, and BSN is SN.
+
+    Example::
+
+        >>> fastsn.functional.estimate_dims((64, 32, 3, 3), 0, "bidirectional")
+        (0, 1)
     """
     if norm == "matrix" or len(shape) < 3 or math.prod(shape[2:]) == 1:
         return (dim,)
@@ -88,7 +105,7 @@ def make_call(dims: Sequence[Sequence[int]], method: Method, eps: float, v_first
 
 def call_for(shape: torch.Size, dim: int, method: Method, eps: float, v_first: bool) -> Call:
     """The :class:`Call` for one weight of this shape alone."""
-    if torch.compiler.is_compiling():
+    if modes.is_read_by_dynamo():
         return _call_for(shape, dim, method, eps, v_first)
     return _kept_call_for(shape, dim, method, eps, v_first)
 
@@ -212,9 +229,9 @@ def normalize(work: Pass) -> tuple[list[Tensor], Tensor]:
     """The normalized weights, and the snapshot that they are made from."""
     call, weights, u, v, iterations, dtype = work
     if (
-        (call.eps <= _SMALL_EPS or all(iterations))
+        not modes.is_read_by_dynamo()
+        and (call.eps <= _SMALL_EPS or all(iterations))
         and serving(weights) is ops
-        and not torch.compiler.is_compiling()
         and not torch.overrides.has_torch_function(weights)
     ):
         # Both operators by one call, which passes the lists once.

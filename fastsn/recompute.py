@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastsn.torch_internals import checkpointing
+from fastsn.torch_internals import checkpointing, modes
 
 _KEY = "_fastsn_record"
 
@@ -45,7 +45,7 @@ class _Record:
 
 def is_repeating() -> bool:
     """Whether a backward is running, so that a forward is one that is done again."""
-    if torch.compiler.is_compiling():
+    if modes.is_read_by_dynamo():
         return False
     task = checkpointing.graph_task()
     return checkpointing.surrounding()[1] is not None if task is None else task != -1
@@ -54,9 +54,7 @@ def is_repeating() -> bool:
 def may_be_repeated() -> bool:
     """Whether this can be the forward of a checkpoint at all; costs next to nothing."""
     # One kind of checkpoint sets hooks for what is saved, the other turns gradients off.
-    return not torch.compiler.is_compiling() and (
-        checkpointing.has_hooks() or not torch.is_grad_enabled()
-    )
+    return checkpointing.has_hooks() or not torch.is_grad_enabled()
 
 
 def record(owner: Any, value: Any, moved: bool) -> None:
@@ -65,7 +63,7 @@ def record(owner: Any, value: Any, moved: bool) -> None:
     ``moved``: whether u and v may have moved for it. Of a forward that moved nothing the reentrant
     kind of checkpoint gets no record: it cannot be told from evaluation without a search.
     """
-    if not may_be_repeated():
+    if modes.is_read_by_dynamo() or not may_be_repeated():
         return
     if checkpointing.has_hooks() or (moved and not torch.is_inference_mode_enabled()):
         _leave(checkpointing.surrounding()[0], owner, value)
@@ -99,11 +97,3 @@ def _leave(holders: list[Any], owner: Any, value: Any) -> None:
         # A backward within the forward repeats forwards that are no part of this one.
         if record.task == checkpointing.graph_task():
             record.values.setdefault(owner, []).append(value)
-
-
-def take(value: Any, owner: Any, moved: bool) -> Any:
-    """What a grouped call has left for ``owner``, now or in the forward that is repeated."""
-    if value is None:
-        return replay(owner)
-    record(owner, value, moved)
-    return value

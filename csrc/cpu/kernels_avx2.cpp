@@ -13,6 +13,7 @@
 #endif
 
 #define FASTSN_ISA avx2
+#define FASTSN_VECTOR_BYTES 32
 #include "kernels_impl.h"
 
 #if defined(__clang__)

@@ -15,6 +15,7 @@
 #endif
 
 #define FASTSN_ISA avx512
+#define FASTSN_VECTOR_BYTES 64
 #include "kernels_impl.h"
 
 #if defined(__clang__)

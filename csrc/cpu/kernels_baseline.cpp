@@ -4,4 +4,5 @@
 #include <c10/util/Half.h>
 
 #define FASTSN_ISA baseline
+#define FASTSN_VECTOR_BYTES 16
 #include "kernels_impl.h"

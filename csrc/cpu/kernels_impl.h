@@ -1,5 +1,6 @@
 // The kernels of kernels.h, compiled once per instruction set: the including file defines
-// FASTSN_ISA (a namespace) and has set the compiler's target. Nothing here may instantiate a
+// FASTSN_ISA (a namespace) and FASTSN_VECTOR_BYTES (what a register holds: the compiler keeps wider
+// vectors in memory) and has set the compiler's target. Nothing here may instantiate a
 // template or inline function of a library (std::vector, std::fill): the linker keeps one copy of
 // those for the whole program, and it could be one that the machine cannot run.
 
@@ -11,10 +12,11 @@ constexpr int kRowBlock = 4;
 
 template <typename Acc>
 struct Simd {
-  static constexpr int kLanes = 64 / sizeof(Acc);
-  typedef Acc Vec __attribute__((vector_size(64)));
+  static constexpr int kLanes = FASTSN_VECTOR_BYTES / sizeof(Acc);
+  typedef Acc Vec __attribute__((vector_size(FASTSN_VECTOR_BYTES)));
   // The same without the alignment that Vec promises.
-  typedef Acc Unaligned __attribute__((vector_size(64), aligned(sizeof(Acc)), may_alias));
+  typedef Acc Unaligned
+      __attribute__((vector_size(FASTSN_VECTOR_BYTES), aligned(sizeof(Acc)), may_alias));
 };
 
 template <typename Acc>
@@ -35,8 +37,9 @@ inline void store_vec(Acc* p, Vec<Acc> x) {
   *reinterpret_cast<typename Simd<Acc>::Unaligned*>(p) = x;
 }
 
-typedef uint16_t Bits16 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t Bits32 __attribute__((vector_size(64)));
+typedef uint16_t Bits16
+    __attribute__((vector_size(FASTSN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Bits32 __attribute__((vector_size(FASTSN_VECTOR_BYTES)));
 
 template <typename Acc>
 inline Vec<Acc> load(const c10::BFloat16* p) {
@@ -49,8 +52,8 @@ inline void store_vec(c10::BFloat16* p, Vec<float> x) {
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto is_nan = x != x;
   const Bits32 result = is_nan ? (Bits32{} + 0x7fc0) : rounded;
-  *reinterpret_cast<Bits16*>(p) =
-      __builtin_convertvector(result, uint16_t __attribute__((vector_size(32))));
+  *reinterpret_cast<Bits16*>(p) = __builtin_convertvector(
+      result, uint16_t __attribute__((vector_size(FASTSN_VECTOR_BYTES / 2))));
 }
 
 template <typename Acc>
@@ -68,27 +71,23 @@ inline void store_vec(c10::Half* p, Vec<float> x) {
   }
 }
 
-// Lane l of the result holds lanes l and l + half of the operand, added.
-template <typename Narrow, typename Wide>
-inline Narrow fold_lanes(const Wide& x) {
-  static_assert(sizeof(Wide) == 2 * sizeof(Narrow));
-  Narrow low;
-  Narrow high;
-  __builtin_memcpy(&low, &x, sizeof(Narrow));
-  __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Narrow), sizeof(Narrow));
-  return low + high;
-}
-
-template <typename Acc>
-inline Acc sum_lanes(Vec<Acc> x) {
-  typedef Acc Vec32 __attribute__((vector_size(32)));
-  typedef Acc Vec16 __attribute__((vector_size(16)));
-  const Vec16 y = fold_lanes<Vec16>(fold_lanes<Vec32>(x));
-  Acc sum = y[0] + y[1];
-  if constexpr (sizeof(Acc) == 4) {
-    sum += y[2] + y[3];
+// The sum of the lanes of a vector: its halves are added until 16 bytes are left.
+template <typename Acc, typename Vector>
+inline Acc sum_lanes(const Vector& x) {
+  if constexpr (sizeof(Vector) > 16) {
+    typedef Acc Half __attribute__((vector_size(sizeof(Vector) / 2)));
+    Half low;
+    Half high;
+    __builtin_memcpy(&low, &x, sizeof(Half));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Half), sizeof(Half));
+    return sum_lanes<Acc>(low + high);
+  } else {
+    Acc sum = x[0] + x[1];
+    if constexpr (sizeof(Acc) == 4) {
+      sum += x[2] + x[3];
+    }
+    return sum;
   }
-  return sum;
 }
 
 template <typename Acc>

@@ -19,9 +19,19 @@ _tracing_state = _find(torch._C, "_get_tracing_state")
 _dispatch_modes = _find(torch._C, "_len_torch_dispatch_stack")
 
 
+#: Whether Dynamo reads the code that runs. It knows no threads, no versions and no backward; what
+#: does know those asks this, which costs a fraction of ``torch.compiler.is_compiling``.
+is_read_by_dynamo = torch.compiler.is_dynamo_compiling
+
+
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation sees through tensors here."""
     return _are_transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_recorded() -> bool:
+    """Whether a graph is made of what runs here."""
+    return torch.compiler.is_compiling() or bool(_tracing_state())
 
 
 def is_eager() -> bool:

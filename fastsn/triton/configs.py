@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastsn.triton import kernels, mean_kernels
+from fastsn.triton import common, mean_kernels, power_kernels, scale_kernels
 
 TYPES = {
     torch.float64: tl.float64,
@@ -197,23 +197,23 @@ def variant(kernel: Any, constants: dict[str, Any], **pointers: str) -> Variant:
 
 def variants() -> Iterator[Variant]:
     """All that `power_`, `estimate`, `scale` and `scale_backward` can ask Triton to compile."""
-    yield variant(kernels.pack, {})
+    yield variant(common.pack, {})
     for accumulate in (torch.float32, torch.float64):
         constants = vector_constants(accumulate)
-        yield variant(kernels.measure, constants)
-        yield variant(kernels.read_vectors, constants)
-        yield variant(kernels.combine, {**constants, "DEPTH": DEPTH})
-        yield variant(kernels.finish, constants)
+        yield variant(power_kernels.measure, constants)
+        yield variant(power_kernels.read_vectors, constants)
+        yield variant(power_kernels.combine, {**constants, "DEPTH": DEPTH})
+        yield variant(power_kernels.finish, constants)
     for dtype in TYPES:
         for kind, s_first in BLOCKS:
             for vector in (1, 16 // dtype.itemsize):
                 constants = product_constants(dtype, s_first, kind, vector)
-                yield variant(kernels.products, constants)
+                yield variant(power_kernels.products, constants)
     for dtype, other in product(TYPES, TYPES):
         if accumulate_type(dtype) == accumulate_type(other):
-            yield variant(kernels.scale, flat_constants(dtype, other, "RESULT"))
-            yield variant(kernels.dot, flat_constants(dtype, other, "GRAD"))
-            yield variant(kernels.gradient, flat_constants(dtype, other, "GRAD"))
+            yield variant(scale_kernels.scale, flat_constants(dtype, other, "RESULT"))
+            yield variant(scale_kernels.dot, flat_constants(dtype, other, "GRAD"))
+            yield variant(scale_kernels.gradient, flat_constants(dtype, other, "GRAD"))
 
 
 def mean_variants() -> Iterator[Variant]:

@@ -14,7 +14,7 @@ Sums are in a fixed order, so results depend on shapes, strides and types only.
 import triton
 import triton.language as tl
 
-from fastsn.triton.kernels import i64, kernel, load_vector, only_if
+from fastsn.triton.common import i64, kernel, load_vector, only_if
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn.triton import configs, kernels
+from fastsn.triton import common, configs, power_kernels, scale_kernels
 from fastsn.triton.cache import Cache, apart, is_capturing
 from fastsn.triton.plan import (
     KEPT,
@@ -40,15 +40,15 @@ def _bits(number: float) -> int:
 
 
 def _empty_table(length: int, device: torch.device) -> Tensor:
-    length += -length % kernels.PACKED
+    length += -length % common.PACKED
     return torch.empty(length, dtype=torch.int64, device=device)
 
 
 def _pack(values: list[int], table: Tensor) -> Tensor:
     """The table, with these numbers in it, of which nothing is copied from the host."""
     values = values + [0] * (len(table) - len(values))
-    for first in range(0, len(values), kernels.PACKED):
-        _launch(kernels.pack, 1, table, first, *values[first : first + kernels.PACKED])
+    for first in range(0, len(values), common.PACKED):
+        _launch(common.pack, 1, table, first, *values[first : first + common.PACKED])
     return table
 
 
@@ -142,25 +142,25 @@ def power_(
         workspace = torch.empty(plan.workspace_numel, dtype=accumulate, device=device)
         jobs, chunks, constants = plan.jobs, plan.job_of_chunk, plan.vector_constants
         _launch(
-            kernels.measure, plan.chunks - plan.first_at_rest, addresses, jobs, chunks, workspace,
-            plan.first_at_rest, **constants,
+            power_kernels.measure, plan.chunks - plan.first_at_rest, addresses, jobs, chunks,
+            workspace, plan.first_at_rest, **constants,
         )  # fmt: skip
         _launch(
-            kernels.read_vectors, plan.chunks, addresses, jobs, chunks, plan.orders, snapshot,
+            power_kernels.read_vectors, plan.chunks, addresses, jobs, chunks, plan.orders, snapshot,
             workspace, **constants,
         )  # fmt: skip
         for products, combined, finished in plan.rounds:
             for first, count, own in products:
                 _launch(
-                    kernels.products, count, addresses, jobs, plan.job_of_tile, plan.orders,
+                    power_kernels.products, count, addresses, jobs, plan.job_of_tile, plan.orders,
                     snapshot, workspace, first, **own,
                 )  # fmt: skip
             _launch(
-                kernels.combine, combined, addresses, jobs, chunks, snapshot, workspace,
+                power_kernels.combine, combined, addresses, jobs, chunks, snapshot, workspace,
                 **constants, DEPTH=configs.DEPTH,
             )  # fmt: skip
             _launch(
-                kernels.finish, finished, addresses, jobs, chunks, plan.orders, snapshot,
+                power_kernels.finish, finished, addresses, jobs, chunks, plan.orders, snapshot,
                 workspace, int(zero_guard), **constants,
             )  # fmt: skip
         for e, layer in enumerate(layers):
@@ -258,7 +258,7 @@ def scale(
         others = _new_table(results, device)
         for first, count, constants in plan.launches:
             _launch(
-                kernels.scale, count, addresses, others, plan.layers, plan.layer_of_piece,
+                scale_kernels.scale, count, addresses, others, plan.layers, plan.layer_of_piece,
                 snapshot, first, len(dense), int(bound), int(zero_guard), **constants,
             )  # fmt: skip
         return results if dtype is None else [x.to(dtype) for x in results]
@@ -295,12 +295,12 @@ def scale_backward(
         workspace = torch.empty(plan.pieces, dtype=accumulate, device=device)
         for first, count, constants in plan.launches:
             _launch(
-                kernels.dot, count, addresses, others, plan.layers, plan.layer_of_piece,
+                scale_kernels.dot, count, addresses, others, plan.layers, plan.layer_of_piece,
                 workspace, first, len(dense), **constants,
             )  # fmt: skip
         for first, count, constants in plan.launches:
             _launch(
-                kernels.gradient, count, addresses, others, plan.layers, plan.layer_of_piece,
+                scale_kernels.gradient, count, addresses, others, plan.layers, plan.layer_of_piece,
                 plan.outers, plan.orders, snapshot, workspace, first, len(dense), int(bound),
                 int(zero_guard), **constants,
             )  # fmt: skip

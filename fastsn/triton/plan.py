@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsn.triton import configs
+from fastsn.triton import common, configs
 from fastsn.triton.cache import Cache, apart, is_capturing
 
 KEPT = 1024  # plans, and as many tables of addresses and checks of weights
@@ -19,7 +19,7 @@ MAX_LENGTH = 2**30  # of u and v: kernels count along them in 32 bits
 
 ALIGNED = 4  # elements of the workspace to which each of its parts is rounded up: 16 bytes
 
-VECTOR_TYPES = [getattr(torch, name) for name in configs.kernels.VECTOR_TYPES]
+VECTOR_TYPES = [getattr(torch, name) for name in common.VECTOR_TYPES]
 
 
 def vector_type(dtype: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
@@ -358,7 +358,7 @@ def plan_power(
         finished = sum(n for step, _, n in chunks if step > done)
         rounds.append(([launch for launch in active if launch.programs], combined, finished))
 
-    names = sorted(rows[0], key=lambda name: getattr(configs.kernels, name).value)
+    names = sorted(rows[0], key=lambda name: getattr(common, name).value)
     return PowerPlan(
         jobs=on_device([[rows[e][name] for name in names] for e in range(len(layers))], device),
         job_of_tile=on_device(job_of_tile, device),

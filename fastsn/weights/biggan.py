@@ -61,10 +61,9 @@ class BigGanNorm(Normalizer):
         Outside training every iteration starts from the same u, so that one does what many do.
         """
         if self.may_move(training):
-            n = self.iterations(weight, holder.num_itrs)
-            if n:
+            if self.policy == "forward" or self.has_changed(weight):
                 self.v = v[0] if self.policy == "step" else None
-                return u, v, n
+                return u, v, holder.num_itrs
             if self.v is not None and self.v.device == u[0].device:
                 return u, [self.v], 0
         return [u[0].clone()], v, 1

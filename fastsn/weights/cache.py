@@ -38,11 +38,11 @@ def is_active() -> bool:
 
 def of(normalizer: Any) -> Kept | None:
     """What a normalizer has read since it began to remember; None where it does not."""
+    remembered = None if modes.is_read_by_dynamo() else _remembered.get()
     # What a transform of torch.func or a graph has made is of no use outside of it.
-    if torch.compiler.is_compiling() or modes.is_transformed():
+    if remembered is None or torch.compiler.is_compiling() or modes.is_transformed():
         return None
-    remembered = _remembered.get()
-    return None if remembered is None else remembered.get(normalizer)
+    return remembered.get(normalizer)
 
 
 def kind(weight: Tensor) -> tuple[Any, ...]:

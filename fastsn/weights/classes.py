@@ -52,7 +52,7 @@ def _shorten(cls: Any, name: str) -> None:
         norms = self.__dict__["_modules"]["parametrizations"]._modules[name]
         norm = norms._modules["0"]
         # Without what torch's way would meet besides: other parametrizations, hooks, its cache.
-        if "reads_directly" in type(norm).__dict__ and len(norms._modules) == 1:
+        if len(norms._modules) == 1 and "reads_directly" in type(norm).__dict__:
             if norm.transient.pending:  # left by a group, which has looked for all of these
                 original = norms._parameters.get("original")
                 return norm.read(norm, norms.original if original is None else original)

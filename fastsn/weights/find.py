@@ -80,8 +80,8 @@ class Weight(NamedTuple):
 
     def ahead(self) -> Tensor | None:
         """The weight, if it can be read now in place of the layer's own read later."""
-        module, norm = self.module, self.norm
-        weight = norm.source(module, self.tensor_name)
+        module, _, name, _, norm, _ = self
+        weight = norm.source(module, name)
         if module._forward_pre_hooks and not placements.is_distributed(weight):
             for hook in module._forward_pre_hooks.values():
                 if hook is norm:

@@ -154,18 +154,26 @@ class Group:
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "weights": [], "_links": [], "_plans": {None: ([], [None])}}
 
-    def _ahead(self, weight: Weight) -> Tensor | None:
-        return weight.ahead() if weight.norm.transient.server is self else None
+    def _are_linked(self) -> bool:
+        for table, key, module in self._links:
+            if table.get(key) is not module:
+                return False
+        return True
+
+    def _ahead(self, batches: list[Batch]) -> list[tuple[Batch, list[Tensor | None]]]:
+        return [
+            (batch, [w.ahead() if w.norm.transient.server is self else None for w in batch.weights])
+            for batch in batches
+        ]
 
     def batches(self, low: torch.dtype | None = None) -> list[tuple[Batch, list[Tensor]]]:
         """The passes to make and their weights, planned anew when layers came, went or changed."""
         batches, kinds = self._plan(low)
-        planned = [(batch, [self._ahead(w) for w in batch.weights]) for batch in batches]
+        planned = self._ahead(batches)
         found = [_kind(original) for _, originals in planned for original in originals]
-        if found != kinds or not all(table.get(key) is m for table, key, m in self._links):
+        if found != kinds or not self._are_linked():
             self._find()
-            batches, _ = self._plan(low)
-            planned = [(batch, [self._ahead(w) for w in batch.weights]) for batch in batches]
+            planned = self._ahead(self._plan(low)[0])
         return planned  # type: ignore[return-value]  # a weight that is None changes the kinds
 
     def _low(self) -> torch.dtype | None:
@@ -182,13 +190,13 @@ class Group:
         # they do where a user has asked that what they have read be remembered.
         if module is not self.root or parametrized.is_cached():
             return
-        if any(weight.norm.transient.pending for weight in self.weights):
+        if self._has_left():
             if not torch.compiler.is_compiling() and calls.is_called_within_itself(module):
                 return  # the outer call has served the layers
             # Left by a forward that was interrupted, or that failed in a graph: no hook has heard.
             self.after(module, args, None)
         for batch, originals in self.batches(self._low()):
-            vectors = [weight.vectors() for weight in batch.weights]
+            vectors = [norm.vectors(holder) for _, _, _, _, norm, holder in batch.weights]
             if not placements.is_distributed(originals[0]) and not torch.compiler.is_compiling():
                 batch, originals, vectors = _present(batch, originals, vectors)
                 if not originals:
@@ -198,12 +206,18 @@ class Group:
             for weight, original, normalized in zip(batch.weights, originals, results, strict=True):
                 weight.norm.put(weight.module, normalizer.Left(normalized, original), thread)
 
+    def _has_left(self) -> bool:
+        for weight in self.weights:
+            if weight.norm.transient.pending:
+                return True
+        return False
+
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the root: a weight that nothing has read must not be read later."""
         if module is self.root:
             for weight in self.weights:
                 if weight.norm.transient.pending:
-                    weight.norm.transient.take()
+                    weight.norm.drop()
 
 
 def _present(

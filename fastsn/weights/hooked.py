@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 from fastsn import engine, recompute
 from fastsn.engine import Method
 from fastsn.sharded import placements
-from fastsn.torch_internals import fsdp
+from fastsn.torch_internals import fsdp, modes
 from fastsn.weights import normalizer
 from fastsn.weights.gathering import Unscaled
 from fastsn.weights.normalizer import Left, Normalizer
@@ -26,6 +26,16 @@ class SpectralNorm(Normalizer, TorchHook):
     :meth:`compute_weight`, :meth:`reshape_weight_to_matrix` or :meth:`apply`, as those of torch's
     class do. :func:`fastsn.accelerate` groups objects of this very class; those of subclasses serve
     themselves.
+
+    Example::
+
+        >>> class Doubled(fastsn.hooks.SpectralNorm):
+        ...     def compute_weight(self, module, do_power_iteration):
+        ...         return 2 * super().compute_weight(module, do_power_iteration)
+        >>> layer = nn.Linear(20, 40)
+        >>> hook = Doubled.apply(layer, "weight", n_power_iterations=1, dim=0, eps=1e-12)
+        >>> layer(torch.randn(3, 20)).shape
+        torch.Size([3, 40])
     """
 
     form = "hook"
@@ -142,12 +152,14 @@ class SpectralNorm(Normalizer, TorchHook):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         weight = self.compute_weight(module, do_power_iteration=module.training)
         own = module.__dict__
-        if torch.compiler.is_compiling() or self.name not in own:
+        if modes.is_read_by_dynamo():
             setattr(module, self.name, weight)
-        else:  # what setattr does with a plain attribute, but for the search before
+            return
+        if self.name in own:  # what setattr does with a plain attribute, but for the search before
             own[self.name] = weight
-        if not torch.compiler.is_compiling():
-            _let_pickle(type(module))  # of a module that comes out of a pickle
+        else:
+            setattr(module, self.name, weight)
+        _let_pickle(type(module))  # of a module that comes out of a pickle
 
 
 def _let_pickle(cls: Any) -> None:

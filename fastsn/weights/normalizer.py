@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 
 from fastsn import engine, layout, recompute
 from fastsn.engine import WARM_UP, Call, Method, Pass, State
@@ -23,25 +23,42 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Left:
-    """A normalized weight that a group has left, and the weight that it is of."""
+    """A normalized weight that a group has left, the weight that it is of, and how it was made."""
 
-    __slots__ = ("normalized", "original", "state")
+    __slots__ = ("normalized", "original", "version", "place", "grad", "inference")
 
     def __init__(self, normalized: Any, original: Tensor) -> None:
         self.normalized, self.original = normalized, original
         # A graph reads no versions; what it changes, it changes behind all of its reads.
-        self.state = None if torch.compiler.is_compiling() else steps.state_of(original)
+        self.version: int | None = None
+        self.place: int | None = None
+        if not modes.is_read_by_dynamo():
+            self.version, self.place = steps.state_of(original)
+            self.grad, self.inference = is_grad_enabled(), is_inference_mode_enabled()
 
-    def of(self, weight: Tensor) -> Any:
-        """The normalized weight, or None if the weight to be read is not the one that it is of."""
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight to be read is the one that this is of, as it was."""
         if isinstance(self.normalized, Unscaled):  # made of the weight as it is when it is read
-            return self.normalized
+            return True
         if weight is not self.original:
-            return None
-        if self.state is not None and not torch.compiler.is_compiling():
-            if self.state != steps.state_of(weight):
-                return None
-        return self.normalized
+            return False
+        return self.place is None or (self.version, self.place) == steps.state_of(weight)
+
+    def is_plainly(self, weight: Tensor) -> Any:
+        """The same by a short look, and that no mode makes it another now: so it is nearly always.
+
+        That a look is short matters: every layer has one, between two operators.
+        """
+        return (
+            weight is self.original
+            and self.version is not None
+            and self.place
+            and self.normalized.dtype is weight.dtype
+            and self.version == weight._version
+            and self.place == weight.data_ptr()
+            and self.grad is is_grad_enabled()
+            and self.inference is is_inference_mode_enabled()
+        )
 
 
 class Transient:
@@ -57,22 +74,10 @@ class Transient:
     def __reduce__(self) -> tuple[Any, ...]:
         return Transient, ()
 
-    def put(self, left: Left, thread: int) -> None:
-        """Leaves a weight for the next read of this thread."""
-        self.pending[thread] = left
-
-    def take(self) -> Left | None:
-        """What was left for this thread, or None."""
-        if not self.pending:
-            return None
-        if torch.compiler.is_compiling():  # which knows no threads: whose it is must be plain
-            return self.pending.pop(list(self.pending)[0]) if len(self.pending) == 1 else None
-        return self.pending.pop(threading.get_ident(), None)
-
 
 def this_thread() -> int:
     """Under which a weight is left. The compiler knows no threads."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return 0 if modes.is_read_by_dynamo() else get_ident()
 
 
 class Normalizer:
@@ -123,7 +128,7 @@ class Normalizer:
 
     def put(self, module: Any, left: Left, thread: int) -> None:
         """Leaves a normalized weight for the next read of a thread."""
-        self.transient.put(left, thread)
+        self.transient.pending[thread] = left
 
     def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
         """What a read of the layer's attribute returns, out of the normalized weight."""
@@ -136,13 +141,17 @@ class Normalizer:
 
     def read(self, holder: Any, weight: Tensor) -> Tensor:
         """The normalized weight, for one use of it: left by a grouped call, or computed now."""
-        transient = self.transient
-        if transient.pending or recompute.is_repeating():
-            left = transient.take()
-            given = None if left is None else left.of(weight)
-            given = recompute.take(given, self, holder.training)
+        pending = self.transient.pending
+        if pending and not modes.is_read_by_dynamo():
+            thread = get_ident()
+            left = pending.get(thread)
+            if left is not None and left.is_plainly(weight) and not recompute.may_be_repeated():
+                del pending[thread]
+                return left.normalized
+        if pending or recompute.is_repeating():
+            given = self._given(holder, weight)
             if given is not None:
-                return self._settled(given, holder, weight)
+                return given
         kept = cache.of(self)
         if kept is None:
             return self._compute(holder, weight, holder.training)
@@ -151,6 +160,23 @@ class Normalizer:
             # What is remembered has moved u and v already.
             kept[kind] = weight, self._compute(holder, weight, holder.training and not kept)
         return kept[kind][1]
+
+    def _given(self, holder: Any, weight: Tensor) -> Tensor | None:
+        """What a grouped call has left, now or in the forward that is being repeated."""
+        left = self.drop()
+        if left is not None and left.is_of(weight):
+            given = left.normalized
+            recompute.record(self, given, holder.training)
+        else:
+            given = recompute.replay(self)
+        return None if given is None else self._settled(given, holder, weight)
+
+    def drop(self) -> Left | None:
+        """What was left for this thread, or None; is left no more."""
+        pending = self.transient.pending
+        if modes.is_read_by_dynamo() and len(pending) == 1:  # whose it is must be plain there
+            return pending.pop(list(pending)[0])
+        return pending.pop(this_thread(), None)
 
     def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
         moves = training and not recompute.is_repeating()
@@ -184,9 +210,13 @@ class Normalizer:
         """
         if self.was_meta and not modes.is_transformed():  # a transform brings its own
             self._settle(holder, weight, u, v)
-        n = self.iterations(weight, self.n_power_iterations) if self.may_move(training) else 0
+        n = 0
+        if self.may_move(training):
+            n = self.n_power_iterations
+            if self.policy == "step" and not self.has_changed(weight):
+                n = 0
         # A graph cannot look, and is not to be made anew for it: there it is as in torch.
-        if not torch.compiler.is_compiling() and self.drawn is not None:
+        if not modes.is_read_by_dynamo() and self.drawn is not None:
             if n:
                 self.drawn = None
             elif modes.is_eager() and self._are_drawn(u + v):
@@ -201,21 +231,16 @@ class Normalizer:
         """Whether u and v may be others in the next forward of the same weight."""
         return self.may_move(training) and self.policy == "forward"
 
-    def iterations(self, weight: Tensor, n_power_iterations: int) -> int:
-        """How many steps a forward does that may move u and v."""
-        if self.policy == "forward":
-            return n_power_iterations
+    def has_changed(self, weight: Tensor) -> bool:
+        """Whether u and v are to move now, of policy "step"; says so once."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "expected update policy 'forward' or 'frozen' under torch.compile, got 'step': "
                 "a compiled graph cannot tell whether a weight has changed. Compile the layers "
                 "of a model that fastsn.accelerate serves, or use fastsn.frozen"
             )
-        stamp = steps.stamp(weight)
-        if stamp == self.transient.seen:
-            return 0
-        self.transient.seen = stamp
-        return n_power_iterations
+        before, self.transient.seen = self.transient.seen, steps.stamp(weight)
+        return self.transient.seen != before
 
     def _are_drawn(self, vectors: list[Tensor]) -> bool:
         """Whether u and v are still the random ones; once they are not, nobody asks again."""
@@ -272,9 +297,7 @@ def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[lis
 
     ``moves_on``: whether u and v could have moved since a first forward of which nothing is known.
     """
-    if torch.compiler.is_compiling():
-        return engine.normalize(work)
-    snapshot = _snapshot_of_first(owner, moves_on)
+    snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
     if snapshot is not None:
         return engine.scale(work.call, work.weights, snapshot, work.dtype), snapshot
     normalized, snapshot = engine.normalize(work)
@@ -284,9 +307,7 @@ def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[lis
 
 def iterate(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> Tensor:
     """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
-    if torch.compiler.is_compiling():
-        return engine.iterate(work)
-    snapshot = _snapshot_of_first(owner, moves_on)
+    snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
     if snapshot is None:
         snapshot = engine.iterate(work)
         recompute.record(owner, snapshot, any(work.n_power_iterations))
@@ -294,10 +315,10 @@ def iterate(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> Tensor:
 
 
 def _snapshot_of_first(owner: Any, moves_on: Callable[[], bool]) -> Tensor | None:
-    """That of the forward that is being repeated, or None where none is.
+    """That of the forward that is being repeated, or None where it needs none.
 
     Raises:
-        RuntimeError: one is, u and v may have moved since, and nothing is known of it.
+        RuntimeError: u and v may have moved since, and nothing is known of it.
     """
     snapshot = recompute.replay(owner, recompute.NOT_FOUND)
     if snapshot is not recompute.NOT_FOUND:
@@ -315,7 +336,7 @@ def _snapshot_of_first(owner: Any, moves_on: Callable[[], bool]) -> Tensor | Non
 def _is_bound(given: Tensor) -> bool:
     """Whether a tensor was made in inference mode, and is to be used outside of it."""
     return (
-        not torch.compiler.is_compiling()
+        not modes.is_read_by_dynamo()
         and given.is_inference()
         and not torch.is_inference_mode_enabled()
     )

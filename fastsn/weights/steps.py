@@ -20,8 +20,16 @@ def _count(*_: Any) -> None:
 
 def state_of(weight: Tensor) -> tuple[int | None, int]:
     """What tells most changes of a weight: its version, and where it lies."""
-    version = None if weight.is_inference() else weight._version
-    return version, weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) else 0
+    try:
+        version = weight._version
+    except RuntimeError:  # made in inference mode
+        version = None
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return version, 0
+    try:
+        return version, weight.data_ptr()
+    except RuntimeError:  # of a trace, which has no memory
+        return version, 0
 
 
 def stamp(weight: Tensor) -> object:

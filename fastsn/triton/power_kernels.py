@@ -1,9 +1,9 @@
-"""The Triton kernels. This file imports nothing but Triton.
+"""The Triton kernels of power iteration, for all estimates of a call.
 
-Every kernel works on all layers of a call. The matrix of an estimate is described in the order of
-its memory: element (s, f) lies at ``s * inner + (f // inner) * (S * inner) + f % inner``. Where its
-rows are contiguous ``inner`` is F and that is ``s * F + f``. One of s and f counts the rows of the
-matrix, so the vector along it is u, and v is the other.
+The matrix of an estimate is described in the order of its memory: element (s, f) lies at
+``s * inner + (f // inner) * (S * inner) + f % inner``. Where its rows are contiguous ``inner`` is F
+and that is ``s * F + f``. One of s and f counts the rows of the matrix, so the vector along it is
+u, and v is the other.
 
 One power iteration reads W once, except where x is too long. y, of length P, runs along one of s
 and f, x and z, of length Q, along the other::
@@ -14,169 +14,51 @@ and f, x and z, of length Q, along the other::
     finish      b = max(|t|, eps), sigma = |t|^2 / b, new vectors y / a and t / b
 
 Sums are in a fixed order, so results depend on shapes, strides and types only.
-
-All tables are int64: rows of fields for jobs (one power iteration of an estimate), layers and outer
-products, the row that each program works on, and the addresses of tensors.
 """
 
 # mypy: disable-error-code="no-untyped-def, misc, valid-type"
 import triton
 import triton.language as tl
 
-# Fields of a job.
-(
-    WEIGHT,  # which of the addresses
-    P,
-    Q,
-    INNER,
-    STEP,  # elements of y per tile
-    WIDTH,  # of a block along x, or 0 where x is longer than any block
-    FIRST_TILE,
-    TILES,
+from fastsn.triton.common import (
+    ESTIMATE,
     FIRST_CHUNK,
-    Y,  # where in the snapshot
-    X,
+    FIRST_TILE,
+    INNER,
+    JOB_FIELDS,
     SIGMA,
-    Y_ORDER,  # where in `orders` y has its order of elements, or -1
-    X_ORDER,
-    Y_LIVE,  # which of the addresses
-    X_LIVE,
-    Y_TYPE,  # see VECTOR_TYPES
-    X_TYPE,
-    ESTIMATE,  # 1: no iteration, sigma = <y, W x> of unit vectors y and x
-    WORK_X,  # where in the workspace; x in memory order
-    WORK_Y,
+    STEP,
+    TILES,
+    WEIGHT,
+    WIDTH,
+    WORK_CHUNK_SUMS,
+    WORK_LENGTHS,
+    WORK_NORM,
     WORK_PARTS,
     WORK_T,
     WORK_TILE_SUMS,
-    WORK_CHUNK_SUMS,
-    WORK_NORM,
-    WORK_LENGTHS,
-    JOB_FIELDS,
-) = map(tl.constexpr, range(28))
-
-# Fields of a layer.
-LAYER, NUMEL, LENGTH, FIRST_PIECE, PIECES, FIRST_SIGMA, COUNT, FIRST_OUTER, LAYER_FIELDS = map(
-    tl.constexpr, range(9)
+    WORK_X,
+    WORK_Y,
+    X_LIVE,
+    X_ORDER,
+    X_TYPE,
+    Y_LIVE,
+    Y_ORDER,
+    Y_TYPE,
+    P,
+    Q,
+    X,
+    Y,
+    at_least,
+    in_order,
+    kernel,
+    load_vector,
+    number,
+    only_if,
+    ordered_sum,
+    store_vector,
+    weight_at,
 )
-
-# Fields of an outer product: its size along s, and for each of s and f where in the snapshot its
-# vector lies and in which order.
-OUTER_S, OUTER_INNER, S_VECTOR, F_VECTOR, S_ORDER, F_ORDER, OUTER_FIELDS = map(
-    tl.constexpr, range(7)
-)
-
-# The types of u and v that kernels read and write where they are.
-VECTOR_TYPES = ("float32", "float64", "bfloat16", "float16")
-
-PACKED = 64  # addresses that one launch of `pack` takes
-
-
-def kernel(function):
-    """A kernel compiled once per types and constants, not once more per values and alignments."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(do_not_specialize=[name for name in names if not name.isupper()])(function)
-
-
-i64 = tl.int64
-
-
-@kernel
-def pack(table, first, p0: i64, p1: i64, p2: i64, p3: i64, p4: i64, p5: i64, p6: i64, p7: i64,
-         p8: i64, p9: i64, p10: i64, p11: i64, p12: i64, p13: i64, p14: i64, p15: i64, p16: i64,
-         p17: i64, p18: i64, p19: i64, p20: i64, p21: i64, p22: i64, p23: i64, p24: i64,
-         p25: i64, p26: i64, p27: i64, p28: i64, p29: i64, p30: i64, p31: i64, p32: i64,
-         p33: i64, p34: i64, p35: i64, p36: i64, p37: i64, p38: i64, p39: i64, p40: i64,
-         p41: i64, p42: i64, p43: i64, p44: i64, p45: i64, p46: i64, p47: i64, p48: i64,
-         p49: i64, p50: i64, p51: i64, p52: i64, p53: i64, p54: i64, p55: i64, p56: i64,
-         p57: i64, p58: i64, p59: i64, p60: i64, p61: i64, p62: i64, p63: i64):  # fmt: skip
-    """``table[first:first + 64] = values``, which travel as arguments: a graph can capture that."""
-    values = (p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, p16, p17,
-              p18, p19, p20, p21, p22, p23, p24, p25, p26, p27, p28, p29, p30, p31, p32, p33,
-              p34, p35, p36, p37, p38, p39, p40, p41, p42, p43, p44, p45, p46, p47, p48, p49,
-              p50, p51, p52, p53, p54, p55, p56, p57, p58, p59, p60, p61, p62, p63)  # fmt: skip
-    for i in tl.static_range(64):
-        tl.store(table + first + i, values[i])
-
-
-@triton.jit
-def pointer_to(addresses, which, TYPE: tl.constexpr):
-    return tl.load(addresses + which).to(tl.pointer_type(TYPE), bitcast=True)
-
-
-@triton.jit
-def weight_at(addresses, which, TYPE: tl.constexpr):
-    """A pointer to a weight or its like, which begin at multiples of 16 bytes."""
-    # A hint sticks to an operation, not to the result of a function.
-    return tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(TYPE), bitcast=True), 16)
-
-
-@triton.jit
-def number(addresses, which):
-    """The fp64 number that is packed among the addresses."""
-    return tl.load(addresses + which).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def only_if(condition, mask):
-    """``mask & condition``, of which the interpreter makes no mask if the condition is a scalar."""
-    return tl.where(condition, mask, False)
-
-
-@triton.jit
-def in_order(orders, order, k, mask):
-    """Where element ``k`` (in memory order) of a vector lies in the vector."""
-    has_order = order >= 0
-    moved = tl.load(orders + order + k, mask=only_if(has_order, mask), other=0)
-    return tl.where(has_order, moved, k)
-
-
-@triton.jit
-def ordered_sum(values, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], ACC)
-    for k in range(0, count, BLOCK):
-        total += tl.load(values + k + lanes, mask=k + lanes < count, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def at_least(norm, eps):
-    """max(norm, eps), NaN where norm is NaN."""
-    return tl.where(norm < eps, eps, norm)
-
-
-@triton.jit
-def load_typed(address, k, mask, TYPE: tl.constexpr):
-    return tl.load(address.to(tl.pointer_type(TYPE), bitcast=True) + k, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_vector(address, code, k, mask, ACC: tl.constexpr):
-    """Elements ``k`` of the vector at an address, of the type ``VECTOR_TYPES[code]``."""
-    if code == 0:
-        x = load_typed(address, k, mask, tl.float32).to(ACC)
-    elif code == 1:
-        x = load_typed(address, k, mask, tl.float64).to(ACC)
-    elif code == 2:
-        x = load_typed(address, k, mask, tl.bfloat16).to(ACC)
-    else:
-        x = load_typed(address, k, mask, tl.float16).to(ACC)
-    return x
-
-
-@triton.jit
-def store_vector(addresses, which, code, k, x, mask):
-    if code == 0:
-        tl.store(pointer_to(addresses, which, tl.float32) + k, x.to(tl.float32), mask=mask)
-    elif code == 1:
-        tl.store(pointer_to(addresses, which, tl.float64) + k, x.to(tl.float64), mask=mask)
-    elif code == 2:
-        # As torch does it; the interpreter makes no bfloat16 out of fp64.
-        narrow = x.to(tl.float32).to(tl.bfloat16)
-        tl.store(pointer_to(addresses, which, tl.bfloat16) + k, narrow, mask=mask)
-    else:
-        tl.store(pointer_to(addresses, which, tl.float16) + k, x.to(tl.float16), mask=mask)
 
 
 @triton.jit
@@ -505,165 +387,3 @@ def finish(
     index = in_order(orders, tl.load(job + X_ORDER), k, mask)
     tl.store(snapshot + tl.load(job + X) + index, x, mask=mask)
     store_vector(addresses, tl.load(job + X_LIVE), tl.load(job + X_TYPE), index, x, mask)
-
-
-@triton.jit
-def factor_of(addresses, layer, snapshot, bound, zero_guard):
-    """(factor, sigma, moves): W' = factor * W; whether the gradient sees sigma move."""
-    scale = number(addresses, tl.load(layer + LAYER))
-    count = tl.load(layer + COUNT)
-    sigmas = snapshot + tl.load(layer + FIRST_SIGMA)
-    sigma = tl.load(sigmas).to(tl.float64)
-    for e in range(1, count):
-        sigma += tl.load(sigmas + e).to(tl.float64)
-    sigma = sigma / count.to(tl.float64)
-    is_zero = (zero_guard != 0) & (sigma == 0.0)
-    is_slack = (bound != 0) & (sigma <= scale)
-    moves = (is_zero | is_slack) == 0
-    factor = scale / tl.where(moves, sigma, 1.0)
-    factor = tl.where(is_slack & (is_zero == 0), 1.0, factor)
-    return factor, sigma, moves
-
-
-@triton.jit
-def range_of(layer, piece):
-    """The elements of a piece of a layer."""
-    begin = (piece - tl.load(layer + FIRST_PIECE)) * tl.load(layer + LENGTH)
-    return begin, tl.minimum(begin + tl.load(layer + LENGTH), tl.load(layer + NUMEL))
-
-
-@triton.jit
-def load_flat(base, start, end, BLOCK: tl.constexpr):
-    """base[start:start + BLOCK], 0 from ``end`` on; with loads of 16 bytes up to the last block."""
-    pointer = tl.multiple_of(base + start, 16)
-    lanes = tl.arange(0, BLOCK)
-    if start + BLOCK <= end:
-        x = tl.load(pointer + lanes)
-    else:
-        x = tl.load(pointer + lanes, mask=start + lanes < end, other=0.0)
-    return x
-
-
-@triton.jit
-def store_flat(base, start, end, x, BLOCK: tl.constexpr):
-    pointer = tl.multiple_of(base + start, 16)
-    lanes = tl.arange(0, BLOCK)
-    if start + BLOCK <= end:
-        tl.store(pointer + lanes, x)
-    else:
-        tl.store(pointer + lanes, x, mask=start + lanes < end)
-
-
-@kernel
-def scale(
-    addresses,
-    others,
-    layers,
-    layer_of_piece,
-    snapshot,
-    first_piece,
-    n_layers,
-    bound,
-    zero_guard,
-    TYPE: tl.constexpr,
-    RESULT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """W' = factor * W. The last piece first: the iteration has just been there."""
-    piece = first_piece + tl.num_programs(0) - 1 - tl.program_id(0)
-    layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
-    which = tl.load(layer + LAYER)
-    weight = weight_at(addresses, n_layers + which, TYPE)
-    result = weight_at(others, which, RESULT)
-    factor, _, _ = factor_of(addresses, layer, snapshot, bound, zero_guard)
-    begin, end = range_of(layer, piece)
-    for start in range(begin, end, BLOCK):
-        w = load_flat(weight, start, end, BLOCK).to(ACC)
-        store_flat(result, start, end, (w * factor.to(ACC)).to(RESULT), BLOCK)
-
-
-@kernel
-def dot(
-    addresses,
-    others,
-    layers,
-    layer_of_piece,
-    workspace,
-    first_piece,
-    n_layers,
-    TYPE: tl.constexpr,
-    GRAD: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """<G, W> of one piece."""
-    piece = first_piece + tl.program_id(0)
-    layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
-    which = tl.load(layer + LAYER)
-    weight = weight_at(addresses, n_layers + which, TYPE)
-    grad = weight_at(others, which, GRAD)
-    begin, end = range_of(layer, piece)
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(begin, end, BLOCK):
-        w = load_flat(weight, start, end, BLOCK).to(ACC)
-        total += load_flat(grad, start, end, BLOCK).to(ACC) * w
-    tl.store(workspace + piece, tl.sum(total, axis=0))
-
-
-@kernel
-def gradient(
-    addresses,
-    others,
-    layers,
-    layer_of_piece,
-    outers,
-    orders,
-    snapshot,
-    workspace,
-    first_piece,
-    n_layers,
-    bound,
-    zero_guard,
-    TYPE: tl.constexpr,
-    GRAD: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dW = factor * (G - <G, W> / sigma * S), S the mean over estimates of u v^T."""
-    piece = first_piece + tl.num_programs(0) - 1 - tl.program_id(0)
-    layer = layers + tl.load(layer_of_piece + piece) * LAYER_FIELDS
-    which = tl.load(layer + LAYER)
-    grad = weight_at(others, which, GRAD)
-    result = weight_at(others, n_layers + which, TYPE)
-    factor, sigma, moves = factor_of(addresses, layer, snapshot, bound, zero_guard)
-    parts = workspace + tl.load(layer + FIRST_PIECE)
-    product = ordered_sum(parts, tl.load(layer + PIECES), ACC, 256).to(tl.float64)
-    count = tl.load(layer + COUNT)
-    divisor = tl.where(moves, sigma * count.to(tl.float64), 1.0)
-    slope_factor = tl.where(moves, factor * (product / divisor), 0.0).to(ACC)
-    first_outer = tl.load(layer + FIRST_OUTER)
-    begin, end = range_of(layer, piece)
-    lanes = tl.arange(0, BLOCK)
-    for start in range(begin, end, BLOCK):
-        mask = start + lanes < end
-        slope = tl.zeros([BLOCK], ACC)
-        for e in range(count):
-            outer = outers + (first_outer + e) * OUTER_FIELDS
-            n_s = tl.load(outer + OUTER_S)
-            inner = tl.load(outer + OUTER_INNER)
-            # Division of 64 bits is slow, so only the first element's.
-            runs = start // inner
-            i = (start - runs * inner).to(tl.int32) + lanes
-            s = (runs % n_s).to(tl.int32) + i // inner.to(tl.int32)
-            block = (runs // n_s).to(tl.int32) + s // n_s.to(tl.int32)
-            s = s % n_s.to(tl.int32)
-            f = block * inner.to(tl.int32) + i % inner.to(tl.int32)
-            s = in_order(orders, tl.load(outer + S_ORDER), s, mask)
-            f = in_order(orders, tl.load(outer + F_ORDER), f, mask)
-            along_s = tl.load(snapshot + tl.load(outer + S_VECTOR) + s, mask=mask, other=0.0)
-            along_f = tl.load(snapshot + tl.load(outer + F_VECTOR) + f, mask=mask, other=0.0)
-            slope += along_s * along_f
-        g = load_flat(grad, start, end, BLOCK).to(ACC) * factor.to(ACC)
-        change = tl.where(moves, g - slope_factor * slope, g)
-        store_flat(result, start, end, change.to(TYPE), BLOCK)
