@@ -18,9 +18,12 @@ SOURCES := $(shell find csrc -mindepth 1)
 BENCHMARKS := benchmarks/bench_weights.py benchmarks/bench_training.py
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/* tests/emulator/*/*))
 # Fails where torch's insides are no more what they were, or what is built upon them.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,torch_internals_* accelerate autocast checkpoints \
-    compile composition copies ddp export fsdp functional hook parametrization recompute \
-    tensor_parallel trainers)
+TORCH_TESTS := $(foreach test,integration/torch_internals* integration/compile \
+    integration/composition integration/export integration/trainers weights/autocast \
+    weights/copies weights/drop_in weights/functional weights/hook weights/parametrization \
+    weights/recompute \
+    model/accelerate checkpoints/checkpoints sharded/ddp sharded/fsdp sharded/tensor_parallel, \
+    tests/$(dir $(test))test_$(notdir $(test)).py)
 TORCH_VENV := build/venv-$(subst torch==,,$(TORCH))
 BUILT := build/.built
 CONFIG := build/.config
