@@ -58,6 +58,15 @@ def compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
+@contextmanager
+def built_alone() -> Iterator[None]:
+    """What is built is built by one process at a time, the others find it."""
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with open(BUILDS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass(frozen=True)
 class Library:
     """Operators on CPU tensors, and how they are compiled: whatever of `inputs` changes, again."""
@@ -76,8 +85,7 @@ class Library:
         folder.mkdir(parents=True, exist_ok=True)
         path, manifest = folder / f"{self.name}.so", folder / "digests.json"
         # Until the library is loaded, no other process may replace it.
-        with open(BUILDS / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with built_alone():
             wanted = self._digests()
             known = json.loads(manifest.read_text()) if manifest.exists() and path.exists() else {}
             if wanted != known:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,13 @@ class Instruction:
     name: str
     operands: str
 
-    @property
+    @cached_property
     def written(self) -> set[int]:
         """The registers that a load writes."""
         first = re.match(r"R(\d+)", self.operands)
         return set(range(int(first[1]), int(first[1]) + self.bytes // 4)) if first else set()
 
-    @property
+    @cached_property
     def read(self) -> set[int]:
         """The registers that it reads, those of pairs and vectors too as far as names tell.
 
@@ -31,13 +33,13 @@ class Instruction:
         operands = self.operands if stores else self.operands.partition(",")[2]
         return {int(number) for number in re.findall(r"\bR(\d+)\b", operands)}
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What a load or a store moves."""
         width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", self.name)
         return int(width[1]) // 8 if width else 4
 
-    @property
+    @cached_property
     def target(self) -> int | None:
         """Where a branch goes."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands)
@@ -56,9 +58,12 @@ def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
     """The instructions of every loop: from where a branch goes back to, to the branch."""
+    addresses = [x.address for x in code]
+    assert addresses == sorted(addresses)
     for branch in code:
         if branch.target is not None and branch.target < branch.address:
-            yield [x for x in code if branch.target <= x.address <= branch.address]
+            first, last = bisect_left(addresses, branch.target), branch.address
+            yield code[first : bisect_right(addresses, last)]
 
 
 def loads_in_flight(code: list[Instruction], width: int) -> int:

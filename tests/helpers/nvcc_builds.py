@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,37 @@ def command() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTSN_WERROR", "1" if any(" -Werror " in x for x in known) else "0")
         return build.nvcc_command(nvcc, ARCHITECTURES)
+
+
+@contextmanager
+def built_alone() -> Iterator[None]:
+    """What is built is built by one process at a time, the others find it."""
+    build.CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+    with open(build.CUDA_OBJECTS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def objects() -> list[Path]:
+    """The object files of the kernels, up to date."""
+    with built_alone():
+        return [Path(path) for path in build.compile_cuda(command())]
+
+
+def intermediate_code() -> list[str]:
+    """That of every source, for the oldest architecture, up to date."""
+    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), Path(__file__)])
+    found = []
+    with built_alone():
+        for source in sorted(SOURCES.glob("*.cu")):
+            result = build.CUDA_OBJECTS / f"{source.stem}.{ARCHITECTURES[0]}.ptx"
+            if not result.exists() or result.stat().st_mtime <= newest:
+                new = result.with_suffix(".new")
+                wanted = ["--ptx", f"-arch=compute_{ARCHITECTURES[0]}"]
+                subprocess.run([nvcc, "-std=c++17", "-O3", *wanted, source, "-o", new], check=True)
+                new.rename(result)
+            found.append(result.read_text())
+    return found
 
 
 def output_of(*words: str | Path) -> str:

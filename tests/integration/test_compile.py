@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import fastsn
 from helpers.accelerated import chain, chain_input, step
 from helpers.compiled import Twins, forget, no_recompiles, quiet
+from helpers.sweeps import long
 from helpers.torch_peers import (
     FASTSN_HOOK,
     FASTSN_PARAMETRIZED,
@@ -54,8 +55,10 @@ MODELS = {
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 
 
-def some_models(*names):
-    return pytest.mark.parametrize("build", [MODELS[name] for name in names], ids=names)
+def some_models(*names, in_long_runs=()):
+    cases = [pytest.param(MODELS[name], id=name) for name in names]
+    cases += [pytest.param(MODELS[name], id=name, marks=long) for name in in_long_runs]
+    return pytest.mark.parametrize("build", cases)
 
 
 def batches(*sizes):
@@ -74,7 +77,10 @@ def test_training_and_evaluation(build):
 
 
 @double
-@each_model
+@some_models(
+    *("hook", "SN", "accelerated-parametrized", "accelerated-BSN"),
+    in_long_runs=("parametrized", "BSN", "accelerated-hook", "accelerated-SN"),
+)
 def test_batches_of_any_size(build):
     twins = Twins(build)
     twins.steps(batches(4, 5), [True, False])

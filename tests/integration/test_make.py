@@ -69,7 +69,16 @@ def run_make(folder: Path, *arguments: str) -> str:
         for name, value in os.environ.items()
         # Those of a make that these tests run under.
         if name
-        not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "VENV", "PYTHON", "TORCH")
+        not in (
+            "MAKEFLAGS",
+            "MFLAGS",
+            "MAKELEVEL",
+            "MAKEOVERRIDES",
+            "VENV",
+            "PYTHON",
+            "TORCH",
+            "WORKERS",
+        )
     }
     done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
@@ -105,7 +114,7 @@ def test_fresh_machine(checkout: Checkout) -> None:
         "-m pip install torch==2.13.0",
         "-m pip install setuptools>=77 wheel ninja pybind11",
     ]
-    assert calls[-1] == "-m pytest"
+    assert calls[-1] == "-m pytest -n 2 --dist worksteal"
     package = next(i for i, call in enumerate(calls) if "-e .[test,companions,demo,dev]" in call)
     assert "--no-build-isolation -c .venv/constraints.txt" in calls[package]
     assert (checkout.folder / ".venv" / "constraints.txt").read_text() == "torch==0.0\n"
@@ -127,24 +136,28 @@ def test_tests_with_another_torch_leave_the_environment_alone(checkout: Checkout
     calls = checkout.make("test-torch", "TORCH=torch==0.1")
     assert calls[:2] == ["-m venv build/venv-0.1", "-m pip install torch==0.1"]
     assert calls[-1].startswith(
-        "-m pytest tests/integration/test_torch_internals*.py tests/integration/test_compile.py "
+        "-m pytest -n 2 --dist worksteal tests/integration/test_torch_internals*.py "
     )
     assert checkout.make("test-torch", "TORCH=torch==0.1", "ARGS=tests/test_a.py") == [
-        "-m pytest tests/test_a.py"
+        "-m pytest -n 2 --dist worksteal tests/test_a.py"
     ]
     assert (checkout.folder / ".venv" / "constraints.txt").exists()
 
 
+def test_number_of_processes(checkout: Checkout) -> None:
+    assert checkout.make("test", "WORKERS=0")[-1] == "-m pytest -n 0 --dist worksteal"
+
+
 def test_what_is_run_with_another_torch_exists() -> None:
     command = run_make(ROOT, "-n", "test-torch", "TORCH=torch==0.1").splitlines()[-1]
-    patterns = command.split(" -m pytest ")[1].split()
+    patterns = command.split(" --dist worksteal ")[1].split()
     assert patterns and all(any(ROOT.glob(pattern)) for pattern in patterns)
 
 
 def test_existing_environment_installs_nothing(checkout: Checkout) -> None:
     calls = checkout.make("test", "VENV=")
     assert calls[0] == "setup.py build_ext --inplace --force"
-    assert calls[-1] == "-m pytest"
+    assert calls[-1] == "-m pytest -n 2 --dist worksteal"
     assert not any("pip" in call or "venv" in call for call in calls)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastsn
+from helpers import sweeps
 
 ROOT = Path(fastsn.__file__).parent
 # From the ground up; what stands in one line is one storey, whose rooms may use each other's.
@@ -173,3 +174,18 @@ def test_no_file_imports_a_test_file(path):
     for name in names:
         if name.startswith("helpers."):
             assert name.split(".")[1] in helpers, name
+
+
+# What an ordinary run takes of many combinations
+
+
+@pytest.mark.parametrize("strength, count", [(1, 5), (2, 20), (3, 40)])
+def test_a_sweep_brings_all_values_together(strength, count):
+    rows = list(itertools.product(range(5), range(4), range(2)))
+    chosen = [rows[i] for i in sweeps.covering(rows, strength)]
+    assert len(chosen) == count
+    for columns in itertools.combinations(range(3), strength):
+        parts = [{tuple(row[c] for c in columns) for row in some} for some in (chosen, rows)]
+        assert parts[0] == parts[1]
+    if strength == 1:
+        assert {sum(row[2] == value for row in chosen) for value in (0, 1)} == {2, 3}

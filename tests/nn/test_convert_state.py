@@ -295,7 +295,7 @@ def test_synchronized_norms(given):
         ({"norm": "max"}, "norm must be .*'max'"),
         ({"scale": 0.0}, "scale must be .*0.0"),
         ({"n_power_iterations": 0}, "n_power_iterations=0"),
-        ({"filter": lambda name, module: {}[name]}, "norm"),
+        pytest.param({"filter": lambda name, module: {}[name]}, "norm", id="filter"),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import fastsn.triton
 from fastsn import backends, ops, reference
 from fastsn.__main__ import info, main
 from fastsn.functional import init_vectors, spectral_norm
+from helpers import triton_launches
 
 POSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is None]
 IMPOSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is not None]
@@ -31,6 +33,13 @@ def automatic():
     fastsn.use_backend("auto")
     yield
     fastsn.use_backend("auto")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched_once():
+    """In the process of the interpreter."""
+    with triton_launches.patching_once() if fastsn.triton.is_interpreted() else nullcontext():
+        yield
 
 
 # The choice

@@ -30,6 +30,7 @@ from helpers.calls import (
 )
 from helpers.cuda_fixtures import every_kind, permuted
 from helpers.operator_numbers import check
+from helpers.sweeps import each_value, sweep
 from helpers.tolerances import assert_sum_no_worse
 
 # Of every test here.
@@ -37,6 +38,7 @@ cuda, tested = cuda_fixtures.cuda, cuda_fixtures.tested
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@sweep
 class TestNumbers(operator_numbers.OperatorNumbers):
     """All that the CPU's kernels are held to, and what is special to these."""
 
@@ -66,6 +68,7 @@ class TestNumbers(operator_numbers.OperatorNumbers):
             call = make_call([random(*shape), random(5, 4)], [dim, 0], v_first=v_first)
             check(replace(call, iterations=[iterations, 1]))
 
+    @each_value
     @each_order
     @pytest.mark.parametrize("inner", [*range(1, 66), 127, 255, 511, 512, 513, 1030])
     def test_inner_indices(self, inner, v_first):

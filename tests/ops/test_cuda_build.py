@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastsn
+from helpers import nvcc_builds
 from helpers.nvcc_builds import (
     ARCHITECTURES,
     BYTES,
@@ -22,7 +22,6 @@ from helpers.nvcc_builds import (
     command,
     cuobjdump,
     needs_nvcc,
-    nvcc,
     output_of,
 )
 
@@ -94,8 +93,7 @@ def reports(text: str) -> Iterator[Report]:
 
 @pytest.fixture(scope="module")
 def objects() -> list[Path]:
-    """The object files of the kernels, up to date."""
-    return [Path(path) for path in build.compile_cuda(command())]
+    return nvcc_builds.objects()
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +144,12 @@ class TestKernels:
 
 
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory) -> dict[str, str]:
+def instructions() -> dict[str, str]:
     """The intermediate code of every kernel, by its symbol."""
-    found = {}
-    for source in sorted(SOURCES.glob("*.cu")):
-        out = tmp_path_factory.mktemp("ptx") / f"{source.stem}.ptx"
-        wanted = f"-arch=compute_{ARCHITECTURES[0]}"
-        subprocess.run([nvcc, "-std=c++17", "-O3", "--ptx", wanted, source, "-o", out], check=True)
-        for part in re.split(r"\.entry ", out.read_text())[1:]:
-            found[part[: part.index("(")]] = part
-    return found
+    parts = [
+        part for text in nvcc_builds.intermediate_code() for part in re.split(r"\.entry ", text)[1:]
+    ]
+    return {part[: part.index("(")]: part for part in parts}
 
 
 def widest(code: str, instruction: str) -> int:

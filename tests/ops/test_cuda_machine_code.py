@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from helpers import nvcc_builds
 from helpers.machine_code import (
     Instruction,
     divides,
@@ -14,7 +15,7 @@ from helpers.machine_code import (
     loops,
     uses_local_memory,
 )
-from helpers.nvcc_builds import BYTES, Kernel, build, command, cuobjdump, needs_nvcc, output_of
+from helpers.nvcc_builds import BYTES, Kernel, cuobjdump, needs_nvcc, output_of
 
 #: Packs that each thread of a hot kernel has on their way before it uses the first one.
 IN_FLIGHT = 4
@@ -27,7 +28,7 @@ ARCHITECTURE = "90"
 def code() -> dict[Kernel, list[Instruction]]:
     """The instructions of every kernel."""
     found = {}
-    for path in build.compile_cuda(command()):
+    for path in nvcc_builds.objects():
         listing = output_of(cuobjdump(), "-sass", "-arch", f"sm_{ARCHITECTURE}", path)
         found |= {Kernel.parse(symbol): own for symbol, own in functions(listing)}
     return found

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import emulated
 from helpers.emulated import COMPILE_FLAGS, INCLUDE, TESTS, compiler
 
 SOURCE = TESTS / "emulator" / "selftest.cpp"
@@ -48,13 +52,22 @@ class Kernels:
 
 
 def build(folder: Path, *flags: str) -> Kernels:
-    library = folder / "selftest.so"
-    subprocess.run(
-        [*compiler().split(), *COMPILE_FLAGS, "-Werror", "-std=c++17", "-shared", "-fPIC", *flags]
-        + [f"-I{INCLUDE}", str(SOURCE), "-o", str(library)],
-        check=True,
-    )
-    return Kernels(library)
+    """A library of its own, with nothing prepared; compiled once as long as no source changes."""
+    command = [*compiler().split(), *COMPILE_FLAGS, "-Werror", "-std=c++17", "-shared", "-fPIC"]
+    command += [*flags, f"-I{INCLUDE}", str(SOURCE)]
+    sources = [SOURCE, *INCLUDE.rglob("*.*"), *emulated.ROOT.glob("csrc/**/*.*")]
+    content = b"".join(path.read_bytes() for path in sorted(sources) if path.is_file())
+    digest = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
+    with emulated.built_alone():
+        compiled = emulated.BUILDS / f"selftest-{digest}.so"
+        if not compiled.exists():
+            for old in emulated.BUILDS.glob("selftest-*.so"):
+                if time.time() - old.stat().st_mtime > 24 * 60 * 60:
+                    old.unlink()
+            new = compiled.with_suffix(".new")
+            subprocess.run([*command, "-o", str(new)], check=True)
+            new.rename(compiled)
+    return Kernels(shutil.copy(compiled, folder / "selftest.so"))
 
 
 @pytest.fixture(scope="module")

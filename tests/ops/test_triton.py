@@ -32,9 +32,10 @@ from helpers.calls import (
     make_call,
     random,
 )
-from helpers.operator_numbers import OperatorNumbers, check
+from helpers.operator_numbers import BEYOND_SQUARES, OperatorNumbers, check
+from helpers.sweeps import long, sweep
 from helpers.tolerances import assert_sum_no_worse
-from helpers.triton_launches import name_of, run
+from helpers.triton_launches import interpreted, name_of, run
 
 pytest.importorskip("triton")
 
@@ -44,10 +45,9 @@ variants = triton_launches.variants
 class TestProcess:
     __test__ = not backend.is_interpreted()
 
-    def test_interpreter(self):
-        command = ["-m", "pytest", "-qp", "no:cacheprovider", "-k", "TestInterpreter", __file__]
-        done = run(*command, TRITON_INTERPRET="1")
-        assert done.returncode == 0, done.stdout[-3000:]
+    @pytest.mark.parametrize("share", ["1/4", "2/4", "3/4", "4/4"])
+    def test_interpreter(self, share):
+        assert not interpreted(__file__, share)
 
     def test_triton_is_imported_by_the_first_call(self):
         code = "import sys, fastsn, fastsn.triton; sys.exit('triton' in sys.modules)"
@@ -73,8 +73,14 @@ class TestProcess:
 # Triton 3.6 counts loops by a conversion that NumPy 2.4 no longer has.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.usefixtures("poisoned_memory")
+@sweep
 class TestInterpreter:
     __test__ = backend.is_interpreted()
+
+    @pytest.fixture(autouse=True, scope="class")
+    def patched_once(self):
+        with triton_launches.patching_once():
+            yield
 
     @pytest.fixture(autouse=True)
     def tested(self, monkeypatch):
@@ -87,9 +93,17 @@ class TestInterpreter:
     test_zero_guard = OperatorNumbers.test_zero_guard
     test_vectors_of_any_length_at_rest = OperatorNumbers.test_vectors_of_any_length_at_rest
     test_vectors_of_length_zero_at_rest = OperatorNumbers.test_vectors_of_length_zero_at_rest
-    test_vectors_whose_squares_are_no_numbers_at_rest = (
-        OperatorNumbers.test_vectors_whose_squares_are_no_numbers_at_rest
-    )
+    # Of long ones a few, as they take the interpreter long.
+    test_vectors_whose_squares_are_no_numbers_at_rest = pytest.mark.parametrize(
+        "shape, dtype, length",
+        [
+            *((shape, *case) for shape in [(3, 5), (70, 90)] for case in BEYOND_SQUARES),
+            *(
+                pytest.param((2, 9000), *case, marks=() if case[1] in (1e30, 1e-310) else long)
+                for case in BEYOND_SQUARES
+            ),
+        ],
+    )(OperatorNumbers.check_vectors_whose_squares_are_no_numbers_at_rest)
     test_results_have_the_strides_of_a_quotient = (
         OperatorNumbers.test_results_have_the_strides_of_a_quotient
     )
@@ -126,8 +140,15 @@ class TestInterpreter:
         monkeypatch.setattr(configs, "MAX_PIECES", 3)
 
     # Some of each width of a block along x, and more.
-    @each_order
-    @pytest.mark.parametrize("length", [31, 500, 1000, 2000, 4096, 8000, 16384, 16388])
+    @pytest.mark.parametrize(
+        "v_first, length",
+        [
+            *((v_first, x) for v_first in (False, True) for x in (31, 500, 1000, 2000, 4096, 8000)),
+            *((False, x) for x in (16384, 16388)),
+            # Far more than a block holds along this side.
+            *(pytest.param(True, x, marks=long) for x in (16384, 16388)),
+        ],
+    )
     def test_weights_are_read_once(self, length, v_first, early, monkeypatch):
         from triton.runtime import interpreter
 

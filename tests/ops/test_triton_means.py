@@ -18,7 +18,7 @@ from helpers import triton_launches
 from helpers.calls import ALL_TYPES, each_type, random
 from helpers.means_calls import LAYOUTS, Geometry, make_channels_last, random_geometry
 from helpers.means_checks import check_backward, check_bias, check_mean
-from helpers.triton_launches import name_of, run
+from helpers.triton_launches import interpreted, name_of
 
 pytest.importorskip("triton")
 
@@ -46,10 +46,9 @@ def check_own_bias(geometry: Geometry, weight: torch.Tensor, gain=None, beta=Non
 class TestProcess:
     __test__ = not backend.is_interpreted()
 
-    def test_interpreter(self):
-        command = ["-m", "pytest", "-qp", "no:cacheprovider", "-k", "TestInterpreter", __file__]
-        done = run(*command, TRITON_INTERPRET="1")
-        assert done.returncode == 0, done.stdout[-3000:]
+    @pytest.mark.parametrize("share", ["1/2", "2/2"])
+    def test_interpreter(self, share):
+        assert not interpreted(__file__, share)
 
 
 # Triton 3.6 counts loops by a conversion that NumPy 2.4 no longer has.
@@ -57,6 +56,11 @@ class TestProcess:
 @pytest.mark.usefixtures("poisoned_memory")
 class TestInterpreter:
     __test__ = backend.is_interpreted()
+
+    @pytest.fixture(autouse=True, scope="class")
+    def patched_once(self):
+        with triton_launches.patching_once():
+            yield
 
     @pytest.fixture(autouse=True)
     def few_programs(self, monkeypatch):
