@@ -8,19 +8,28 @@
 # ARGS=            options of study-msn: --quick, --cifar10 FOLDER, --lr 0.1 and others (--help);
 #                  of gpu: --seconds 900, --resume FOLDER, --prebuilt; of test-torch: what pytest
 #                  runs instead of its choice, as in ARGS=tests
+# WORKERS=2        the processes that tests run in, side by side; 0 is none but pytest's own
+#
+# FASTSN_TESTS=long in the environment runs all cases of the tests of many combinations.
 
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
 SOURCES := $(shell find csrc -mindepth 1)
 BENCHMARKS := benchmarks/bench_weights.py benchmarks/bench_training.py
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/* tests/emulator/*/*))
 # Fails where torch's insides are no more what they were, or what is built upon them.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,torch_internals_* accelerate autocast checkpoints \
-    compile composition copies ddp export fsdp functional hook parametrization recompute \
-    tensor_parallel trainers)
+TORCH_TESTS := $(foreach test,integration/torch_internals* integration/compile \
+    integration/composition integration/export integration/trainers weights/autocast \
+    weights/copies weights/drop_in weights/functional weights/hook weights/parametrization \
+    weights/recompute model/accelerate checkpoints/checkpoints sharded/ddp sharded/fsdp \
+    sharded/tensor_parallel, \
+    tests/$(dir $(test))test_$(notdir $(test)).py)
+# Who has nothing left takes over from the others.
+SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
 TORCH_VENV := build/venv-$(subst torch==,,$(TORCH))
 BUILT := build/.built
 CONFIG := build/.config
@@ -43,11 +52,11 @@ demo: $(BUILT) ## train small GANs on digits with torch's and fastsn's spectral 
 	$(PY) -m benchmarks.demo
 
 test: lint ## lint, then all tests
-	$(PY) -m pytest
+	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 test-torch: ## tests with another torch, in an environment of its own (TORCH=torch==2.14.1)
 	$(MAKE) build VENV=$(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pytest $(or $(ARGS),$(TORCH_TESTS))
+	$(TORCH_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(or $(ARGS),$(TORCH_TESTS))
 
 lint: $(BUILT) ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check

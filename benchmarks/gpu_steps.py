@@ -44,7 +44,7 @@ class Target:
         *("weights", "training", "autocast", "bsn", "backends", "launches", "compiled"),
     )
     tests: tuple[str, ...] = tuple(
-        f"tests/test_gpu{part}.py" for part in ("", "_streams", "_means", "_state", "_models")
+        f"tests/gpu/test_{part}.py" for part in ("operators", "streams", "means", "state", "models")
     )
     shares: int = 4
     selected: str = "not compiled and not reduce_overhead"
@@ -63,7 +63,7 @@ REHEARSAL = Target(
     large="small BigGAN D",
     training=("training small SNDCGAN, fp32", "msn small VGG7, fp32"),
     rest=("autocast small SNDCGAN D", "bsn small SNDCGAN D", "launches small SNDCGAN D"),
-    tests=("tests/test_gpu_models.py", "tests/test_gpu_state.py"),
+    tests=("tests/gpu/test_models.py", "tests/gpu/test_state.py"),
     shares=1,
     selected="two_forwards or once_per_step",
     slow="function_transforms",

@@ -76,8 +76,8 @@ def recorded() -> Any:
     """The recorder, which the tests have."""
     path = str(ROOT / "tests")
     if path not in sys.path:
-        sys.path.insert(0, path)
-    return importlib.import_module("recorded")
+        sys.path.append(path)
+    return importlib.import_module("helpers.recorded")
 
 
 @dataclass

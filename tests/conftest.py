@@ -3,6 +3,19 @@
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
+
+from helpers import sweeps  # noqa: E402  (its assertions are rewritten)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """After the selection by names."""
+    own = sweeps.share(items)
+    kept = set(own)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = own
+
 
 @pytest.fixture(autouse=True)
 def seed():

@@ -14,13 +14,13 @@ import argparse
 from random import Random
 
 import torch
-from calls import ALL_TYPES, LAYOUTS, Call, Results, gradients_for, make_call, random
-from gpu_tensors import call_on_device, on_device
-from means_calls import make_channels_last, random_geometry
 from torch import Tensor
 
 import fastsn
 from fastsn import ops, reference
+from helpers.calls import ALL_TYPES, LAYOUTS, Call, Results, gradients_for, make_call, random
+from helpers.gpu_tensors import call_on_device, on_device
+from helpers.means_calls import make_channels_last, random_geometry
 
 SHAPES = [(1,), (5, 4, 3), (27, 3, 3, 3), (3, 40, 1, 1), (130, 70), (7, 1100), (1100, 7), (0, 3)]
 

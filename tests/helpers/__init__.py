@@ -1,0 +1,1 @@
+"""What several tests share; a test file imports from here, never another test file."""
