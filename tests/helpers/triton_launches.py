@@ -68,6 +68,12 @@ def patching_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def patched_once():
+    with patching_once():
+        yield
+
+
 @pytest.fixture
 def variants():
     """The kernels and constants that the tests of this file have launched so far."""

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import fastsn
 from helpers.accelerated import chain, chain_input, step
 from helpers.compiled import Twins, forget, no_recompiles, quiet
-from helpers.sweeps import long
+from helpers.sweeps import each_value, long, sweep
 from helpers.torch_peers import (
     FASTSN_HOOK,
     FASTSN_PARAMETRIZED,
@@ -100,6 +100,7 @@ def test_a_batch_that_is_marked_as_dynamic(build):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@sweep
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("form", [FASTSN_HOOK, FASTSN_PARAMETRIZED], ids=["hook", "parametrized"])
@@ -243,6 +244,7 @@ def test_frozen_for_a_while(build):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@each_value
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @some_models("hook", "parametrized", "accelerated-hook", "accelerated-parametrized")
 def test_narrow_weights(build, dtype):
@@ -293,6 +295,7 @@ class Within(nn.Module):
             return self.layers(x)
 
 
+@each_value
 @pytest.mark.parametrize("inside", [False, True])
 @some_models("hook", "parametrized", "accelerated-BSN", "accelerated-hook")
 def test_autocast(build, inside):

@@ -11,6 +11,7 @@ from fastsn import ops, reference
 from helpers.calls import each_type
 from helpers.compiled import quiet
 from helpers.means_calls import Geometry, conv, linear, make_channels_last
+from helpers.sweeps import sweep
 from helpers.tolerances import assert_sum_no_worse
 
 
@@ -180,6 +181,7 @@ def test_compile_with_any_batch(geometry, last):
     assert graphs == 1
 
 
+@sweep
 @each_gradient
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [False, True])

@@ -39,7 +39,7 @@ from helpers.triton_launches import interpreted, name_of, run
 
 pytest.importorskip("triton")
 
-variants = triton_launches.variants
+patched_once, variants = triton_launches.patched_once, triton_launches.variants
 
 
 class TestProcess:
@@ -72,15 +72,10 @@ class TestProcess:
 
 # Triton 3.6 counts loops by a conversion that NumPy 2.4 no longer has.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("patched_once", "poisoned_memory")
 @sweep
 class TestInterpreter:
     __test__ = backend.is_interpreted()
-
-    @pytest.fixture(autouse=True, scope="class")
-    def patched_once(self):
-        with triton_launches.patching_once():
-            yield
 
     @pytest.fixture(autouse=True)
     def tested(self, monkeypatch):

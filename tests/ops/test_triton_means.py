@@ -22,7 +22,7 @@ from helpers.triton_launches import interpreted, name_of
 
 pytest.importorskip("triton")
 
-variants = triton_launches.variants
+patched_once, variants = triton_launches.patched_once, triton_launches.variants
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
@@ -53,14 +53,9 @@ class TestProcess:
 
 # Triton 3.6 counts loops by a conversion that NumPy 2.4 no longer has.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("patched_once", "poisoned_memory")
 class TestInterpreter:
     __test__ = backend.is_interpreted()
-
-    @pytest.fixture(autouse=True, scope="class")
-    def patched_once(self):
-        with triton_launches.patching_once():
-            yield
 
     @pytest.fixture(autouse=True)
     def few_programs(self, monkeypatch):
