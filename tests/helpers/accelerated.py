@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsn
@@ -26,6 +30,22 @@ def calls_of(call):
     with Calls() as calls:
         call()
     return calls.seen
+
+
+@contextmanager
+def weights_left(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """What a group leaves for the reads of its parametrized layers, children of the model."""
+    found: list[tuple[str, Tensor]] = []
+    with ExitStack() as stack:
+        for name, layer in model.named_children():
+            norm = layer.parametrizations.weight[0]
+
+            def note(module, left, thread, name=name, put=norm.put):
+                found.append((name, left.normalized))
+                put(module, left, thread)
+
+            stack.enter_context(mock.patch.object(norm, "put", note))
+        yield found
 
 
 def fused(*counts):

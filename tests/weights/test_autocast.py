@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_norm
 
 import fastsn
-from fastsn.weights.normalizer import Transient
+from helpers.accelerated import weights_left
 
 low_types = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 
@@ -107,22 +107,9 @@ def test_numbers_are_near_those_of_torch(low):
 
 def types_read(model: Net, x: Tensor) -> dict[str, torch.dtype]:
     """The type of the weight that a forward leaves for each layer."""
-    seen = {}
-    names = {
-        layer.parametrizations.weight[0].transient: name for name, layer in model.named_children()
-    }
-
-    class Noting(Transient):
-        def put(self, left, thread):
-            seen[names[self]] = left.normalized.dtype
-            super().put(left, thread)
-
-    for transient in names:
-        transient.__class__ = Noting
-    model(x)
-    for transient in names:
-        transient.__class__ = Transient
-    return seen
+    with weights_left(model) as left:
+        model(x)
+    return {name: weight.dtype for name, weight in left}
 
 
 @low_types

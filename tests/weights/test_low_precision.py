@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastsn
-from fastsn.weights.normalizer import Transient
+from helpers.accelerated import weights_left
 from helpers.answers import FASTSN, TORCH, answers
 from helpers.torch_peers import as_matrix
 
@@ -115,18 +115,9 @@ def test_the_normalized_weight_comes_in_autocasts_type(dtype):
     model = fastsn.accelerate(
         nn.Sequential(fastsn.nn.SNConv2d(3, 8, 3), fastsn.nn.SNConv2d(8, 4, 3))
     )
-    seen = []
-
-    class Noting(Transient):
-        def put(self, left, thread):
-            seen.append(left.normalized)
-            super().put(left, thread)
-
-    for layer in model:
-        layer.parametrizations.weight[0].transient.__class__ = Noting
-    with torch.autocast("cpu", dtype=dtype):
+    with weights_left(model) as left, torch.autocast("cpu", dtype=dtype):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
-    assert [weight.dtype for weight in seen] == [dtype, dtype]
+    assert [weight.dtype for _, weight in left] == [dtype, dtype]
     gradients = [layer.parametrizations.weight.original.grad for layer in model]
     assert all(grad.dtype == torch.float32 and grad.any() for grad in gradients)
 
