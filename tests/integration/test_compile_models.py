@@ -114,6 +114,7 @@ def test_inductor(form):
     twins.steps(batches(4), [True, True, False])
 
 
+@torch._dynamo.config.patch(recompile_limit=4)
 def test_many_models():
     """Of classes of their own: their hooks do not use up each other's limit of graphs either."""
     for layers in range(torch._dynamo.config.recompile_limit // 2 + 1):
