@@ -106,7 +106,8 @@ class Elsewhere:
 
     def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        self.is_cuda, self.is_cpu, self.is_meta = (device == x for x in ("cuda", "cpu", "meta"))
+        kind = self.device.type
+        self.is_cuda, self.is_cpu, self.is_meta = (kind == x for x in ("cuda", "cpu", "meta"))
 
     def is_complex(self) -> bool:
         return self.dtype.is_complex
