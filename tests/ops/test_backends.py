@@ -20,6 +20,7 @@ from fastsn import backends, ops, reference
 from fastsn.__main__ import info, main
 from fastsn.functional import init_vectors, spectral_norm
 from helpers import triton_launches
+from helpers.elsewhere import Elsewhere
 
 POSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is None]
 IMPOSSIBLE = [name for name in backends.NAMES if backends.why_not(name) is not None]
@@ -99,18 +100,6 @@ def test_the_chosen_one_does_the_work(monkeypatch):
             layer.eval()(REAL)
             spectral_norm(REAL, u, v)
         assert set(calls) == (set(names) if backend == "reference" else set())
-
-
-class Elsewhere:
-    """What the choice asks of a weight that lives on a device which need not be there."""
-
-    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
-        self.device, self.dtype = torch.device(device), dtype
-        kind = self.device.type
-        self.is_cuda, self.is_cpu, self.is_meta = (kind == x for x in ("cuda", "cpu", "meta"))
-
-    def is_complex(self) -> bool:
-        return self.dtype.is_complex
 
 
 @pytest.mark.parametrize(

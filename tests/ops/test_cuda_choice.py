@@ -13,6 +13,7 @@ import torch
 import fastsn.triton
 from fastsn import backends, cuda, ops, reference
 from fastsn.__main__ import info
+from helpers.elsewhere import Elsewhere
 
 NOT_BUILT = {"architectures": "", "ptx": ""}
 
@@ -47,16 +48,6 @@ def machine(monkeypatch):
 
     with fastsn.use_backend("auto"):
         yield make
-
-
-class Elsewhere:
-    """What the choice asks of a weight that lives on a device which is not there."""
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-
-    def is_complex(self) -> bool:
-        return False
 
 
 def chosen(*devices: str) -> list[str]:
