@@ -107,7 +107,10 @@ def call_for(shape: torch.Size, dim: int, method: Method, eps: float, v_first: b
     """The :class:`Call` for one weight of this shape alone."""
     if modes.is_read_by_dynamo():
         return _call_for(shape, dim, method, eps, v_first)
-    return _kept_call_for(shape, dim, method, eps, v_first)
+    try:
+        return _kept_call_for(shape, dim, method, eps, v_first)
+    except TypeError:  # a shape of symbols cannot be looked up
+        return _call_for(shape, dim, method, eps, v_first)
 
 
 def _call_for(shape: torch.Size, dim: int, method: Method, eps: float, v_first: bool) -> Call:

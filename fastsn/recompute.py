@@ -57,15 +57,15 @@ def may_be_repeated() -> bool:
     return checkpointing.has_hooks() or not torch.is_grad_enabled()
 
 
-def record(owner: Any, value: Any, moved: bool) -> None:
+def record(owner: Any, value: Any, training: bool) -> None:
     """Leaves ``value`` for :func:`replay`, if this is the forward of a checkpoint.
 
-    ``moved``: whether u and v may have moved for it. Of a forward that moved nothing the reentrant
-    kind of checkpoint gets no record: it cannot be told from evaluation without a search.
+    ``training``: whether it is one in training mode. Of one in eval mode the reentrant kind of
+    checkpoint gets no record: it cannot be told from evaluation without a search.
     """
     if modes.is_read_by_dynamo() or not may_be_repeated():
         return
-    if checkpointing.has_hooks() or (moved and not torch.is_inference_mode_enabled()):
+    if checkpointing.has_hooks() or (training and not torch.is_inference_mode_enabled()):
         _leave(checkpointing.surrounding()[0], owner, value)
 
 

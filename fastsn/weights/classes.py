@@ -53,7 +53,8 @@ def _shorten(cls: Any, name: str) -> None:
         norm = norms._modules["0"]
         # Without what torch's way would meet besides: other parametrizations, hooks, its cache.
         if len(norms._modules) == 1 and "reads_directly" in type(norm).__dict__:
-            if norm.transient.pending:  # left by a group, which has looked for all of these
+            if norm.transient.pending and not parametrized.is_cached():
+                # Left by a group, which has looked for all of these.
                 original = norms._parameters.get("original")
                 return norm.read(norm, norms.original if original is None else original)
             weight = None if parametrized.is_cached() else norm.source(self, name)

@@ -32,11 +32,13 @@ class Batch(NamedTuple):
         """What each layer gets; iterates as their modes say."""
         work = Pass.of(self.call, originals, self._states(originals, vectors), self.dtype)
         if placements.is_distributed(originals[0]):
-            snapshot = normalizer.iterate(self.owner, work, self._moves_on)
+            snapshot = normalizer.iterate(self.owner, work, self._trains(), self._moves_on)
             # Sharded now, and perhaps whole when they are read.
             results: list[Any] = list(Gathering(self.call, originals, snapshot, self.dtype).parts())
         else:
-            results, snapshot = normalizer.normalize(self.owner, work, self._moves_on)
+            results, snapshot = normalizer.normalize(
+                self.owner, work, self._trains(), self._moves_on
+            )
         if self.keeps_sigma:
             sigmas = layout.sigmas_of(snapshot, self.call.layers)
             for weight, sigma in zip(self.weights, sigmas, strict=True):
@@ -57,6 +59,9 @@ class Batch(NamedTuple):
         for weight, original, (u, v) in zip(self.weights, originals, vectors, strict=True):
             holder = weight.holder
             yield weight.norm.state(holder, original, holder.training and not rests, u, v)
+
+    def _trains(self) -> bool:
+        return any([weight.holder.training for weight in self.weights])
 
     def _moves_on(self) -> bool:
         return any(weight.norm.moves_on(weight.holder.training) for weight in self.weights)
@@ -87,22 +92,25 @@ def _batch(weights: list[Weight], each: list[Call], dtype: torch.dtype | None) -
     return Batch(weights, engine.joined(each), dtype, norms, keeps_sigma)
 
 
-Kind = tuple[torch.device, torch.dtype, Any]
+Kind = tuple[torch.device, torch.dtype, Any, float]
 # The passes, and the kinds of their weights.
 Planned = tuple[list[Batch], list[Kind | None]]
 
 
-def _kind(original: Tensor | None) -> Kind | None:
-    if type(original) is nn.Parameter or original is None:
-        return None if original is None else (original.device, original.dtype, None)
-    return original.device, original.dtype, placements.of(original)
+def _kind(weight: Weight, original: Tensor | None) -> Kind | None:
+    if original is None:
+        return None
+    eps = (weight.holder if weight.form == "biggan" else weight.norm).eps
+    if type(original) is nn.Parameter:
+        return original.device, original.dtype, None, eps
+    return original.device, original.dtype, placements.of(original), eps
 
 
 def _planned(weights: list[Weight], low: torch.dtype | None) -> Planned:
     # Those that are split in a way which no call can serve may be gathered when they are read.
     served = [weight for weight in weights if placements.is_supported(weight.original())]
     batches = plan(served, low)
-    return batches, [_kind(weight.original()) for batch in batches for weight in batch.weights]
+    return batches, [_kind(w, w.original()) for batch in batches for w in batch.weights]
 
 
 def _links(root: nn.Module, weights: list[Weight]) -> list[tuple[dict[str, Any], str, nn.Module]]:
@@ -170,7 +178,9 @@ class Group:
         """The passes to make and their weights, planned anew when layers came, went or changed."""
         batches, kinds = self._plan(low)
         planned = self._ahead(batches)
-        found = [_kind(original) for _, originals in planned for original in originals]
+        found = [
+            _kind(w, x) for batch, xs in planned for w, x in zip(batch.weights, xs, strict=True)
+        ]
         if found != kinds or not self._are_linked():
             self._find()
             planned = self._ahead(self._plan(low)[0])
@@ -207,8 +217,9 @@ class Group:
                 weight.norm.put(weight.module, normalizer.Left(normalized, original), thread)
 
     def _has_left(self) -> bool:
+        thread = normalizer.this_thread()
         for weight in self.weights:
-            if weight.norm.transient.pending:
+            if thread in weight.norm.transient.pending:
                 return True
         return False
 

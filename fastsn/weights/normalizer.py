@@ -25,10 +25,11 @@ NARROW = (torch.bfloat16, torch.float16)
 class Left:
     """A normalized weight that a group has left, the weight that it is of, and how it was made."""
 
-    __slots__ = ("normalized", "original", "version", "place", "grad", "inference")
+    __slots__ = ("normalized", "original", "is_unscaled", "version", "place", "grad", "inference")
 
     def __init__(self, normalized: Any, original: Tensor) -> None:
         self.normalized, self.original = normalized, original
+        self.is_unscaled = isinstance(normalized, Unscaled)
         # A graph reads no versions; what it changes, it changes behind all of its reads.
         self.version: int | None = None
         self.place: int | None = None
@@ -38,13 +39,11 @@ class Left:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the weight to be read is the one that this is of, as it was."""
-        if isinstance(self.normalized, Unscaled):  # made of the weight as it is when it is read
+        if self.is_unscaled:  # made of the weight as it is when it is read
             return True
         if weight is not self.original:
             return False
-        if self.place is None or modes.is_read_by_dynamo():
-            return True
-        return (self.version, self.place) == steps.state_of(weight)
+        return self.place is None or (self.version, self.place) == steps.state_of(weight)
 
     def is_plainly(self, weight: Tensor) -> Any:
         """The same by a short look, and that no mode makes it another now: so it is nearly always.
@@ -59,6 +58,7 @@ class Left:
             and self.version == weight._version
             and self.place == weight.data_ptr()
             and self.grad is is_grad_enabled()
+            and self.normalized.requires_grad is (self.grad and weight.requires_grad)
             and self.inference is is_inference_mode_enabled()
         )
 
@@ -147,31 +147,39 @@ class Normalizer:
         if pending and not modes.is_read_by_dynamo():
             thread = get_ident()
             left = pending.get(thread)
-            if left is not None and left.is_plainly(weight) and not recompute.may_be_repeated():
+            if (
+                left is not None
+                and left.is_plainly(weight)
+                and not recompute.may_be_repeated()
+                and not cache.is_active()
+            ):
                 del pending[thread]
                 return left.normalized
-        if pending or recompute.is_repeating():
-            given = self._given(holder, weight)
-            if given is not None:
-                return given
         kept = cache.of(self)
         if kept is None:
-            return self._compute(holder, weight, holder.training)
+            return self._given(holder, weight, holder.training)
         kind = cache.kind(weight)
         if kind not in kept or kept[kind][0] is not weight:
             # What is remembered has moved u and v already.
-            kept[kind] = weight, self._compute(holder, weight, holder.training and not kept)
+            kept[kind] = weight, self._given(holder, weight, holder.training and not kept)
         return kept[kind][1]
 
-    def _given(self, holder: Any, weight: Tensor) -> Tensor | None:
-        """What a grouped call has left, now or in the forward that is being repeated."""
-        left = self.drop()
+    def _given(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
+        """What a grouped call has left, now or in the forward that is repeated, or a new one."""
+        left = self.drop() if self.transient.pending else None
+        given: Any = None
+        if left is not None and left.place is not None and modes.is_read_by_dynamo():
+            # Left by eager code for a graph, which cannot see whether the weight is as it was.
+            if not left.is_unscaled:
+                return self._compute(holder, weight, training=False)
         if left is not None and left.is_of(weight):
             given = left.normalized
             recompute.record(self, given, holder.training)
-        else:
+        elif recompute.is_repeating():
             given = recompute.replay(self)
-        return None if given is None else self._settled(given, holder, weight)
+        if given is None:
+            return self._compute(holder, weight, training)
+        return self._settled(given, holder, weight)
 
     def drop(self) -> Left | None:
         """What was left for this thread, or None; is left no more."""
@@ -184,7 +192,9 @@ class Normalizer:
         moves = training and not recompute.is_repeating()
         state = self.state(holder, weight, moves, *self.vectors(holder))
         work = Pass(self.call(holder, weight.shape), [weight], *state[:2], [state[2]])
-        normalized, snapshot = normalize((self, "own"), work, lambda: self.moves_on(training))
+        normalized, snapshot = normalize(
+            (self, "own"), work, holder.training, lambda: self.moves_on(training)
+        )
         if self.keeps_sigma:
             self.keep_sigma(holder, snapshot[-1])
         return normalized[0]
@@ -198,7 +208,10 @@ class Normalizer:
         """
         if isinstance(given, Unscaled):
             given = given.normalized(weight)
-        lacks_graph = torch.is_grad_enabled() and weight.requires_grad and not given.requires_grad
+        needs_graph = torch.is_grad_enabled() and weight.requires_grad
+        if given.requires_grad and not needs_graph:
+            given = given.detach()
+        lacks_graph = needs_graph and not given.requires_grad
         if autocast.fits(given, weight) and not lacks_graph and not _is_bound(given):
             return given
         return self._compute(holder, weight, training=False)
@@ -218,10 +231,8 @@ class Normalizer:
             if self.policy == "step" and not self.has_changed(weight):
                 n = 0
         # A graph cannot look, and is not to be made anew for it: there it is as in torch.
-        if not modes.is_read_by_dynamo() and self.drawn is not None:
-            if n:
-                self.drawn = None
-            elif modes.is_eager() and self._are_drawn(u + v):
+        if not n and not modes.is_read_by_dynamo() and self.drawn is not None:
+            if modes.is_eager() and self._are_drawn(u + v):
                 return [x.clone() for x in u], [x.clone() for x in v], WARM_UP
         return u, v, n
 
@@ -286,7 +297,8 @@ class Normalizer:
         """
         like = placements.stand_in(weight).detach()
         vectors = [x for pair in zip(*self.vectors(holder), strict=True) for x in pair]
-        drawn = [engine.draw_vector(like, len(x), self.eps, generator) for x in vectors]
+        eps = self.call(holder, weight.shape).eps
+        drawn = [engine.draw_vector(like, len(x), eps, generator) for x in vectors]
         placements.agree(weight, drawn)
         _write(vectors, drawn)
         self.converge(holder, weight, WARM_UP)
@@ -294,25 +306,28 @@ class Normalizer:
             _write(vectors, drawn)
 
 
-def normalize(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> tuple[list[Tensor], Tensor]:
+def normalize(
+    owner: Any, work: Pass, training: bool, moves_on: Callable[[], bool]
+) -> tuple[list[Tensor], Tensor]:
     """:func:`fastsn.engine.normalize`, where a forward that is repeated uses the first's snapshot.
 
+    ``training``: whether it is one of training, whose u and v may be others when it is repeated.
     ``moves_on``: whether u and v could have moved since a first forward of which nothing is known.
     """
     snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
     if snapshot is not None:
         return engine.scale(work.call, work.weights, snapshot, work.dtype), snapshot
     normalized, snapshot = engine.normalize(work)
-    recompute.record(owner, snapshot, any(work.n_power_iterations))
+    recompute.record(owner, snapshot, training)
     return normalized, snapshot
 
 
-def iterate(owner: Any, work: Pass, moves_on: Callable[[], bool]) -> Tensor:
+def iterate(owner: Any, work: Pass, training: bool, moves_on: Callable[[], bool]) -> Tensor:
     """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
     snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
     if snapshot is None:
         snapshot = engine.iterate(work)
-        recompute.record(owner, snapshot, any(work.n_power_iterations))
+        recompute.record(owner, snapshot, training)
     return snapshot
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastsn.torch_internals import fsdp
@@ -24,11 +24,9 @@ def state_of(weight: Tensor) -> tuple[int | None, int]:
         version = weight._version
     except RuntimeError:  # made in inference mode
         version = None
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return version, 0
     try:
         return version, weight.data_ptr()
-    except RuntimeError:  # of a trace, which has no memory
+    except RuntimeError:  # it has no memory of its own, or is one of a trace
         return version, 0
 
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastsn
 from fastsn.weights import find
@@ -337,3 +338,138 @@ def test_frozen_says_whom_it_does_not_reach():
     )
     with pytest.warns(UserWarning, match=r"not those of \['1.weight'\]"), fastsn.frozen(model):
         pass
+
+
+@double
+@each
+def test_a_compiled_part_sees_the_weight_as_it_is(ours, theirs):
+    class Part(Net):
+        def forward(self, x):
+            self.between(self)
+            return self.__dict__.get("part", self.b)(x)
+
+    torch.manual_seed(3)
+    fast, plain = fastsn.accelerate(Part(ours)), Part(theirs)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(4, 6)
+    fast(x), plain(x)
+    fast.__dict__["part"] = torch.compile(fast.eval().b, backend="eager")
+    plain.eval()
+    add = torch.no_grad()(torch.Tensor.add_)
+    for factor in (-2, 0.5):
+        for net in (fast, plain):
+            net.between = lambda self, by=factor: add(original(self.b), by * torch.eye(6))
+        torch.testing.assert_close(fast(x), plain(x))
+
+
+@double
+@each
+@pytest.mark.parametrize("on", [False, True])
+def test_gradients_that_are_switched_for_a_layer_within_a_forward(ours, theirs, on):
+    fast, plain, x = pair(ours, theirs, lambda net: net.b.requires_grad_(on))
+    slopes = []
+    for net in (fast.train(), plain.train()):
+        net.b.requires_grad_(not on)
+        net(x).square().sum().backward()
+        slopes.append(original(net.b).grad)
+    assert (slopes[1] is not None) == on
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("cached", ["torch's", "fastsn's"])
+def test_a_cache_that_is_opened_within_a_forward(cached):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = FASTSN_PARAMETRIZED.spectral_norm(nn.Linear(6, 6))
+
+        def forward(self, x):
+            own = nn.utils.parametrize.cached() if cached == "torch's" else fastsn.cached(self)
+            with own:
+                assert self.b.weight is self.b.weight
+            return self.b(x)
+
+    torch.manual_seed(0)
+    fast = fastsn.accelerate(Twice())
+    alone = copy.deepcopy(fast)
+    fastsn.accelerate(nn.Sequential(alone.b))  # which is not called: the layer serves itself
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(fast(x), alone(x))
+    torch.testing.assert_close(fast.state_dict(), alone.state_dict())
+
+
+def test_an_export_leaves_a_layer_as_untrained_as_it_was():
+    torch.manual_seed(0)
+    model = fastsn.accelerate(nn.Sequential(fastsn.spectral_norm(nn.Linear(40, 40))))
+    x = torch.randn(3, 40)
+    expected = copy.deepcopy(model).eval()(x)
+    torch.func.functional_call(
+        model.train(), {k: v.clone() for k, v in model.state_dict().items()}, x
+    )
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+@double
+@each
+def test_an_eps_that_changes(ours, theirs):
+    fast, plain, x = pair(ours, theirs)
+    for net in (fast.train(), plain.train()):
+        for module in net.modules():
+            for holder in (module, *module._forward_pre_hooks.values()):
+                if hasattr(holder, "n_power_iterations"):
+                    holder.eps = 0.9
+    torch.testing.assert_close(fast(x), plain(x))
+
+
+@double
+@each
+def test_a_repeated_forward_that_moved_nothing(ours, theirs):
+    """Of update policy "step": u and v have moved by the time that it is repeated."""
+    fast, _, x = pair(ours, theirs)
+    fastsn.set_update_policy(fast.train(), "step")
+    optimizer = torch.optim.SGD(fast.parameters(), 0.0)
+    fast(x)
+    x.requires_grad_()
+    first = checkpoint(fast, x, use_reentrant=True)
+    optimizer.step()
+    fast(x)
+    again = []
+    fast.b.register_forward_hook(lambda module, args, output: again.append(output.detach()))
+    first.square().sum().backward()
+    assert torch.equal(again[0], first)
+
+
+@double
+def test_u_and_v_of_biggan_belong_together():
+    torch.manual_seed(0)
+    model = fastsn.accelerate(nn.Sequential(BigGanLinear(6, 6)))
+    fastsn.set_update_policy(model, "step")
+    x = torch.randn(2, 6)
+    model(x)
+    fastsn.converge(model, 200)
+    model(x)
+    true = torch.linalg.matrix_norm(model[0].weight, 2)
+    torch.testing.assert_close(model[0].sv0[0], true.detach())
+    model.load_state_dict({"0.u0": -model[0].u0}, strict=False)
+    model(x)
+    torch.testing.assert_close(model[0].sv0[0], true.detach())
+    fastsn.reset_parameters(model)
+    model(x)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda self, weight: weight.detach() + 0 * weight,
+        lambda self, weight: nn.functional.dropout(weight, 0.5, self.training),
+        lambda self, weight: weight[torch.arange(len(weight)).flip(0)],
+    ],
+    ids=["gradient", "training mode", "order"],
+)
+def test_layers_of_biggans_kind_that_do_something_else_stay(own):
+    class Other(BigGanLinear):
+        def W_(self):
+            return own(self, super().W_())
+
+    with pytest.warns(UserWarning, match="no layer"):
+        fastsn.accelerate(nn.Sequential(Other(6, 6)))
