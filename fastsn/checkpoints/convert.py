@@ -36,8 +36,6 @@ def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
         # u and v of the hook form are not the random ones any more.
         if weight.form == "hook" and weight.is_ours and f"{prefix}{weight.tensor_name}_v" in state:
             weight.norm.drawn = None
-        if weight.form == "biggan" and weight.is_ours and f"{prefix}u0" in state:
-            weight.norm.v = None
     if all(_is_as_here(weight, state, prefix) for weight in weights):
         return
     for norm in list(forms.norms(module)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastsn import engine, recompute
 from fastsn.engine import State
+from fastsn.weights import steps
 from fastsn.weights.normalizer import Normalizer
 
 _NORMALIZER = "_fastsn_normalizer"
@@ -36,7 +37,9 @@ class BigGanNorm(Normalizer):
         self.owner = owner
         self.is_folded = is_folded
         self.prepare()
-        self.v: Tensor | None = None  # of the last iteration, where the policy is "step"
+        # Of policy "step": v of the last iteration, and the u0 that it belongs to.
+        self.v: Tensor | None = None
+        self.v_of: object = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BigGanNorm, (self.owner, self.is_folded), {"policy": self.policy}
@@ -62,22 +65,20 @@ class BigGanNorm(Normalizer):
         """
         if self.may_move(training):
             if self.policy == "forward" or self.has_changed(weight):
-                self.v = v[0] if self.policy == "step" else None
+                self.v, self.v_of = (v[0] if self.policy == "step" else None), None
                 return u, v, holder.num_itrs
         # Also where the forward of a checkpoint is repeated.
-        if holder.training and self.v is not None and self.v.device == u[0].device:
+        if holder.training and self.v is not None and self.v_of == steps.state_of(holder.u0):
             return u, [self.v], 0
         return [u[0].clone()], v, 1
-
-    def converge(self, holder: Any, weight: Tensor, n_power_iterations: int) -> None:
-        self.v = None
-        super().converge(holder, weight, n_power_iterations)
 
     @torch.no_grad()
     def keep_sigma(self, holder: Any, sigma: Tensor) -> None:
         """Writes ``sv0``, in training mode."""
         if holder.training and not recompute.is_repeating():
             holder.sv0.copy_(sigma)
+            if self.v is not None and self.v_of is None:
+                self.v_of = steps.state_of(holder.u0)
 
 
 def _replace(owner: Any) -> None:
