@@ -3,6 +3,10 @@
 #include "estimates.h"
 #include "ops.h"
 
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -95,6 +99,95 @@ std::vector<bool> present(
   return result;
 }
 
+// What tells most changes of a weight, and the modes that a normalized weight depends on: its
+// version (None of one made in inference mode), where it lies (0 where it has no memory of its
+// own), whether gradients are on, and inference mode.
+py::tuple state_of(const at::Tensor& weight) {
+  const py::object version =
+      weight.is_inference() ? py::none() : py::object(py::int_(weight._version()));
+  uintptr_t place = 0;
+  try {
+    place = reinterpret_cast<uintptr_t>(weight.data_ptr());
+  } catch (const c10::Error&) {
+  }
+  return py::make_tuple(
+      version, place, at::GradMode::is_enabled(), c10::InferenceMode::is_enabled());
+}
+
+py::list states_of(const py::list& weights) {
+  py::list states;
+  for (const auto& weight : tensors_of(weights)) {
+    states.append(state_of(weight));
+  }
+  return states;
+}
+
+// An attribute of a `Left` of fastsn/weights/normalizer.py.
+py::object attribute(PyObject* left, PyObject* name) {
+  return py::reinterpret_steal<py::object>(PyObject_GetAttr(left, name));
+}
+
+// Whether the weight is as it was when `left` was made of it, and what was made is what a read
+// would make now.
+bool is_plainly(PyObject* left, PyObject* item, const py::object& normalized) {
+  static PyObject* const kOriginal = PyUnicode_InternFromString("original");
+  static PyObject* const kState = PyUnicode_InternFromString("state");
+  if (attribute(left, kOriginal).ptr() != item || !THPVariable_Check(item) ||
+      !THPVariable_Check(normalized.ptr())) {
+    return false;
+  }
+  const at::Tensor& weight = THPVariable_Unpack(item);
+  const at::Tensor& result = THPVariable_Unpack(normalized.ptr());
+  if (!fastsn::is_plain(weight) || weight.is_inference() || weight.data_ptr() == nullptr ||
+      result.scalar_type() != weight.scalar_type() ||
+      result.requires_grad() != (at::GradMode::is_enabled() && weight.requires_grad())) {
+    return false;
+  }
+  const auto state = attribute(left, kState);
+  return state && PyObject_RichCompareBool(state.ptr(), state_of(weight).ptr(), Py_EQ) == 1;
+}
+
+// take(pending, weight, training): what a grouped call has left for this thread's read of a weight,
+// no more left then; None where it takes a longer look, which is not done here. Every layer has one
+// of these between two of its operators, where a line of Python costs several times what it costs
+// in a loop.
+PyObject* take(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static PyObject* const kNormalized = PyUnicode_InternFromString("normalized");
+  if (count != 3 || !PyDict_Check(args[0])) {
+    PyErr_SetString(PyExc_TypeError, "expected a dictionary, a weight and whether it trains");
+    return nullptr;
+  }
+  // The forward of a checkpoint leaves a record, and this might be one, see fastsn/recompute.py.
+  if ((!at::GradMode::is_enabled() && args[2] != Py_False) ||
+      at::SavedTensorDefaultHooks::get_hooks(true).has_value()) {
+    Py_RETURN_NONE;
+  }
+  const auto thread =
+      py::reinterpret_steal<py::object>(PyLong_FromUnsignedLong(PyThread_get_thread_ident()));
+  PyObject* const left = thread ? PyDict_GetItemWithError(args[0], thread.ptr()) : nullptr;
+  if (left == nullptr) {
+    if (PyErr_Occurred() != nullptr) {
+      return nullptr;
+    }
+    Py_RETURN_NONE;
+  }
+  auto normalized = attribute(left, kNormalized);
+  const bool is_taken = normalized && is_plainly(left, args[1], normalized);
+  if (PyErr_Occurred() != nullptr || (is_taken && PyDict_DelItem(args[0], thread.ptr()) != 0)) {
+    return nullptr;
+  }
+  if (!is_taken) {
+    Py_RETURN_NONE;
+  }
+  return normalized.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef take_method = {
+    "take", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(take)), METH_FASTCALL,
+    nullptr};
+
 }  // namespace
 
 // Importing the module registers the operators; what it exports tells how it was built.
@@ -110,4 +203,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &fastsn::cpu_capability);
   m.def("normalize", &normalize);
   m.def("present", &present);
+  m.def("states_of", &states_of);
+  m.add_object("take", PyCFunction_New(&take_method, nullptr));
 }

@@ -27,6 +27,8 @@ __all__ = [
     "present",
     "scale",
     "scale_backward",
+    "states_of",
+    "take",
 ]
 
 power_ = torch.ops.fastsn.power_.default
@@ -38,6 +40,8 @@ patch_mean_backward = torch.ops.fastsn.patch_mean_backward.default
 mean_bias = torch.ops.fastsn.mean_bias.default
 normalize = _C.normalize
 present = _C.present
+states_of = _C.states_of
+take = _C.take
 
 
 def _check_device(device: torch.device, **arguments: Sequence[Tensor] | Tensor | None) -> None:

@@ -63,10 +63,9 @@ class BigGanNorm(Normalizer):
 
         Outside training every iteration starts from the same u, so that one does what many do.
         """
-        if self.may_move(training):
-            if self.policy == "forward" or self.has_changed(weight):
-                self.v, self.v_of = (v[0] if self.policy == "step" else None), None
-                return u, v, holder.num_itrs
+        if training and self.moves_for(weight):
+            self.v, self.v_of = (v[0] if self.policy == "step" else None), None
+            return u, v, holder.num_itrs
         # Also where the forward of a checkpoint is repeated.
         if holder.training and self.v is not None and self.v_of == steps.state_of(holder.u0):
             return u, [self.v], 0
@@ -100,7 +99,8 @@ def _replace(owner: Any) -> None:
 def is_similar(module: Any) -> bool:
     """Whether the layer is written in this way, with one singular value of a matrix as needed."""
     return bool(
-        all(name in module._buffers for name in ("u0", "sv0"))
+        "u0" in module._buffers
+        and "sv0" in module._buffers
         and callable(getattr(module, "W_", None))
         and all(hasattr(module, name) for name in ("num_svs", "num_itrs", "transpose", "eps"))
         and isinstance(module._parameters.get("weight"), nn.Parameter)

@@ -31,18 +31,17 @@ def remembering(normalizers: Iterable[Any]) -> Iterator[None]:
         _remembered.reset(token)
 
 
-def is_active() -> bool:
-    """Whether anything is remembered in this thread."""
-    return _remembered.get() is not None
+#: What is remembered in this thread, or None: a call without a frame of Python's.
+remembered = _remembered.get
 
 
 def of(normalizer: Any) -> Kept | None:
     """What a normalizer has read since it began to remember; None where it does not."""
-    remembered = None if modes.is_read_by_dynamo() else _remembered.get()
+    found = remembered()
     # What a transform of torch.func or a graph has made is of no use outside of it.
-    if remembered is None or torch.compiler.is_compiling() or modes.is_transformed():
+    if found is None or torch.compiler.is_compiling() or modes.is_transformed():
         return None
-    return remembered.get(normalizer)
+    return found.get(normalizer)
 
 
 def kind(weight: Tensor) -> tuple[Any, ...]:

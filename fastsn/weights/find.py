@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fastsn.engine import Call
 from fastsn.sharded import placements
@@ -18,6 +17,7 @@ from fastsn.weights.parametrized import TorchParametrization
 
 #: The classes whose objects a grouped call serves; one derived from them may do anything.
 _EXACT = (parametrized._SpectralNorm, hooked.SpectralNorm, BigGanNorm)
+_VECTORS: tuple[str, ...] = ("_u", "_v", "_u2", "_v2")
 
 
 class Weight(NamedTuple):
@@ -45,26 +45,29 @@ class Weight(NamedTuple):
         """Whether nothing else has changed the weight before."""
         if self.form != "parametrization":
             return True
-        norms = self.module.parametrizations[self.tensor_name]
-        return norms[0] is self.norm and norms.is_tensor
+        norms = _list(self)
+        return norms._modules["0"] is self.norm and norms.is_tensor
 
     def buffers(self) -> dict[str, Tensor]:
         """u, v and what else moves with them, by the names that they have in the model."""
+        prefix, names = self.path, _VECTORS
         if self.form == "parametrization":
-            lists = self.module.parametrizations[self.tensor_name]
-            index = next(i for i, norm in enumerate(lists) if norm is self.norm)
-            prefix, names = f"parametrizations.{self.tensor_name}.{index}.", _names("")
+            norms = _list(self)._modules.items()
+            index = next(i for i, norm in norms if norm is self.norm)
+            prefix = f"{prefix}parametrizations.{self.tensor_name}.{index}."
+        elif self.form == "biggan":
+            names = ("u0", "sv0")
         else:
-            prefix, names = "", _names(self.tensor_name)
-        if self.form == "biggan":
-            names = ["u0", "sv0"]
-        found = {name: self.holder._buffers.get(name) for name in names}
-        return {f"{self.path}{prefix}{name}": x for name, x in found.items() if x is not None}
+            names = tuple([self.tensor_name + name for name in _VECTORS])
+        held = self.holder._buffers
+        return {prefix + name: held[name] for name in names if held.get(name) is not None}
 
     def original(self) -> Tensor:
         """The weight that is first normalized, as the layer has it now."""
         if self.form == "parametrization":
-            return self.module.parametrizations[self.tensor_name].original
+            norms = _list(self)
+            original = norms._parameters.get("original")
+            return norms.original if original is None else original
         suffix = "_orig" if self.form == "hook" else ""
         return getattr(self.module, self.tensor_name + suffix)
 
@@ -93,15 +96,18 @@ class Weight(NamedTuple):
         return weight
 
 
-def _names(name: str) -> list[str]:
-    return [name + suffix for suffix in ("_u", "_v", "_u2", "_v2")]
+# As an attribute of a module any of these is searched for at length.
+def _list(weight: Weight) -> Any:
+    """All parametrizations of a weight."""
+    return weight.module._modules["parametrizations"]._modules[weight.tensor_name]
 
 
 def of_module(module: Any, path: str = "") -> Iterator[Weight]:
     """The normalized weights of this very module."""
-    if parametrize.is_parametrized(module):
-        for name, norms in module.parametrizations.items():
-            for norm in norms:
+    lists = module._modules.get("parametrizations")
+    if isinstance(lists, nn.ModuleDict):
+        for name, norms in lists._modules.items():
+            for norm in norms._modules.values():
                 if isinstance(norm, TorchParametrization):
                     yield Weight(module, path, name, "parametrization", norm, norm)
     for hook in module._forward_pre_hooks.values():

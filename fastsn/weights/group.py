@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,15 +30,16 @@ class Batch(NamedTuple):
 
     def run(self, originals: Sequence[Tensor], vectors: Sequence[Vectors]) -> list[Any]:
         """What each layer gets; iterates as their modes say."""
-        work = Pass.of(self.call, originals, self._states(originals, vectors), self.dtype)
+        repeats = recompute.is_repeating()
+        states = self._states(originals, vectors, repeats)
+        work = Pass.of(self.call, originals, states, self.dtype)
+        first = self._moves_on if repeats else None
         if placements.is_distributed(originals[0]):
-            snapshot = normalizer.iterate(self.owner, work, self._trains(), self._moves_on)
+            snapshot = normalizer.iterate(self.owner, work, self._trains(), first)
             # Sharded now, and perhaps whole when they are read.
             results: list[Any] = list(Gathering(self.call, originals, snapshot, self.dtype).parts())
         else:
-            results, snapshot = normalizer.normalize(
-                self.owner, work, self._trains(), self._moves_on
-            )
+            results, snapshot = normalizer.normalize(self.owner, work, self._trains(), first)
         if self.keeps_sigma:
             sigmas = layout.sigmas_of(snapshot, self.call.layers)
             for weight, sigma in zip(self.weights, sigmas, strict=True):
@@ -48,17 +49,19 @@ class Batch(NamedTuple):
     def sigmas(self, originals: Sequence[Tensor]) -> list[Tensor]:
         """The sigma of every layer that a forward in eval mode would use; changes nothing."""
         vectors = [weight.vectors() for weight in self.weights]
-        states = self._states(originals, vectors, at_rest=True)
+        states = self._states(originals, vectors, rests=True)
         snapshot = engine.iterate(Pass.of(self.call, originals, states))
         return layout.sigmas_of(snapshot, self.call.layers)
 
     def _states(
-        self, originals: Sequence[Tensor], vectors: Sequence[Vectors], at_rest: bool = False
-    ) -> Iterator[State]:
-        rests = at_rest or recompute.is_repeating()
-        for weight, original, (u, v) in zip(self.weights, originals, vectors, strict=True):
-            holder = weight.holder
-            yield weight.norm.state(holder, original, holder.training and not rests, u, v)
+        self, originals: Sequence[Tensor], vectors: Sequence[Vectors], rests: bool
+    ) -> list[State]:
+        return [
+            norm.state(holder, original, not rests and holder.training, u, v)
+            for (_, _, _, _, norm, holder), original, (u, v) in zip(
+                self.weights, originals, vectors, strict=True
+            )
+        ]
 
     def _trains(self) -> bool:
         return any([weight.holder.training for weight in self.weights])
@@ -211,10 +214,10 @@ class Group:
                 batch, originals, vectors = _present(batch, originals, vectors)
                 if not originals:
                     continue
-            results = batch.run(originals, vectors)
+            left = normalizer.left_of(batch.run(originals, vectors), originals)
             thread = normalizer.this_thread()
-            for weight, original, normalized in zip(batch.weights, originals, results, strict=True):
-                weight.norm.put(weight.module, normalizer.Left(normalized, original), thread)
+            for weight, own in zip(batch.weights, left, strict=True):
+                weight.norm.put(weight.module, own, thread)
 
     def _has_left(self) -> bool:
         thread = normalizer.this_thread()
@@ -238,7 +241,7 @@ def _present(
     u = [x for own, _ in vectors for x in own]
     v = [x for _, own in vectors for x in own]
     here = ops.present(originals, u, v, batch.call.layers, batch.call.dims)
-    if cache.is_active():
+    if cache.remembered() is not None:
         here = [h and cache.of(w.norm) is None for h, w in zip(here, batch.weights, strict=True)]
     if all(here):
         return batch, originals, vectors

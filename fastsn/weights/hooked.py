@@ -85,7 +85,7 @@ class SpectralNorm(Normalizer, TorchHook):
         # As an attribute, so that MultiheadAttention finds it too: it reads the weight of its
         # out_proj without calling it, and no hook runs.
         if not isinstance(left.normalized, Unscaled):
-            setattr(module, self.name, left.normalized)
+            _set(module, self.name, left.normalized)
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             raise RuntimeError(
                 f"{self.name} of {type(module).__name__} is sharded by fully_shard, and "
@@ -121,14 +121,14 @@ class SpectralNorm(Normalizer, TorchHook):
             TorchHook.compute_weight(self, holder, do_power_iteration=True)
 
     def _original(self, module: nn.Module) -> Tensor:
-        name = self.name + "_orig"
+        name = f"{self.name}_orig"
         weight = module._parameters.get(name)
         if weight is None:  # not a parameter of its own, or not there
             weight = getattr(module, name, None)
         if weight is None:
             raise RuntimeError(
-                f"expected {self.name}_orig in {type(module).__name__}: this hook was moved to "
-                "another module, as quantize_dynamic does. Quantize fastsn.fold(model)"
+                f"expected {name} in {type(module).__name__}: this hook was moved to another "
+                "module, as quantize_dynamic does. Quantize fastsn.fold(model)"
             )
         return weight
 
@@ -151,15 +151,17 @@ class SpectralNorm(Normalizer, TorchHook):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         weight = self.compute_weight(module, do_power_iteration=module.training)
-        own = module.__dict__
-        if modes.is_read_by_dynamo():
-            setattr(module, self.name, weight)
-            return
-        if self.name in own:  # what setattr does with a plain attribute, but for the search before
-            own[self.name] = weight
-        else:
-            setattr(module, self.name, weight)
-        _let_pickle(type(module))  # of a module that comes out of a pickle
+        _set(module, self.name, weight)
+        if not modes.is_read_by_dynamo():
+            _let_pickle(type(module))  # of a module that comes out of a pickle
+
+
+def _set(module: nn.Module, name: str, weight: Tensor) -> None:
+    """setattr, but for the search that it makes before it does this with a plain attribute."""
+    if not modes.is_read_by_dynamo() and name in module.__dict__:
+        module.__dict__[name] = weight
+    else:
+        setattr(module, name, weight)
 
 
 def _let_pickle(cls: Any) -> None:

@@ -7,9 +7,9 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch import Tensor
 
-from fastsn import engine, layout, recompute
+from fastsn import engine, layout, ops, recompute
 from fastsn.engine import WARM_UP, Call, Method, Pass, State
 from fastsn.sharded import placements
 from fastsn.torch_internals import modes
@@ -23,44 +23,32 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Left:
-    """A normalized weight that a group has left, the weight that it is of, and how it was made."""
+    """A normalized weight that a group has left, the weight that it is of, and its state then.
 
-    __slots__ = ("normalized", "original", "is_unscaled", "version", "place", "grad", "inference")
+    No state: left by a graph, which reads none; what it changes, it changes behind all of its
+    reads. No weight either: left unscaled, to be made of the weight as it is when it is read.
+    ``fastsn.ops.take`` reads these attributes.
+    """
 
-    def __init__(self, normalized: Any, original: Tensor) -> None:
-        self.normalized, self.original = normalized, original
-        self.is_unscaled = isinstance(normalized, Unscaled)
-        # A graph reads no versions; what it changes, it changes behind all of its reads.
-        self.version: int | None = None
-        self.place: int | None = None
-        if not modes.is_read_by_dynamo():
-            self.version, self.place = steps.state_of(original)
-            self.grad, self.inference = is_grad_enabled(), is_inference_mode_enabled()
+    __slots__ = ("normalized", "original", "state")
+
+    def __init__(self, normalized: Any, original: Tensor | None, state: Any) -> None:
+        self.normalized, self.original, self.state = normalized, original, state
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the weight to be read is the one that this is of, as it was."""
-        if self.is_unscaled:  # made of the weight as it is when it is read
-            return True
         if weight is not self.original:
-            return False
-        return self.place is None or (self.version, self.place) == steps.state_of(weight)
+            return self.original is None
+        return self.state is None or self.state[:2] == steps.state_of(weight)
 
-    def is_plainly(self, weight: Tensor) -> Any:
-        """The same by a short look, and that no mode makes it another now: so it is nearly always.
 
-        That a look is short matters: every layer has one, between two operators.
-        """
-        return (
-            weight is self.original
-            and self.version is not None
-            and self.place
-            and self.normalized.dtype is weight.dtype
-            and self.version == weight._version
-            and self.place == weight.data_ptr()
-            and self.grad is is_grad_enabled()
-            and self.normalized.requires_grad is (self.grad and weight.requires_grad)
-            and self.inference is is_inference_mode_enabled()
-        )
+def left_of(results: list[Any], originals: list[Tensor]) -> list[Left]:
+    """The results of a pass, to be left for reads."""
+    if isinstance(results[0], Unscaled):
+        return [Left(result, None, None) for result in results]
+    if modes.is_read_by_dynamo():
+        return [Left(result, x, None) for result, x in zip(results, originals, strict=True)]
+    return list(map(Left, results, originals, ops.states_of(originals)))
 
 
 class Transient:
@@ -143,42 +131,39 @@ class Normalizer:
 
     def read(self, holder: Any, weight: Tensor) -> Tensor:
         """The normalized weight, for one use of it: left by a grouped call, or computed now."""
-        pending = self.transient.pending
-        if pending and not modes.is_read_by_dynamo():
-            thread = get_ident()
-            left = pending.get(thread)
-            if (
-                left is not None
-                and left.is_plainly(weight)
-                and not recompute.may_be_repeated()
-                and not cache.is_active()
-            ):
-                del pending[thread]
-                return left.normalized
-        kept = cache.of(self)
-        if kept is None:
-            return self._given(holder, weight, holder.training)
-        kind = cache.kind(weight)
-        if kind not in kept or kept[kind][0] is not weight:
-            # What is remembered has moved u and v already.
-            kept[kind] = weight, self._given(holder, weight, holder.training and not kept)
-        return kept[kind][1]
+        training = holder.training
+        if not modes.is_read_by_dynamo():
+            if cache.remembered() is not None:
+                kept = cache.of(self)
+                if kept is not None:
+                    kind = cache.kind(weight)
+                    if kind not in kept or kept[kind][0] is not weight:
+                        # What is remembered has moved u and v already.
+                        kept[kind] = weight, self._given(holder, weight, training and not kept)
+                    return kept[kind][1]
+            elif pending := self.transient.pending:
+                # By a short look, which is all it takes nearly always.
+                normalized = ops.take(pending, weight, training)
+                if normalized is not None:
+                    return normalized
+        return self._given(holder, weight, training)
 
     def _given(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
         """What a grouped call has left, now or in the forward that is repeated, or a new one."""
         left = self.drop() if self.transient.pending else None
         given: Any = None
-        if left is not None and left.place is not None and modes.is_read_by_dynamo():
-            # Left by eager code for a graph, which cannot see whether the weight is as it was.
-            if not left.is_unscaled:
-                return self._compute(holder, weight, training=False)
+        if left is not None and left.state is not None and modes.is_read_by_dynamo():
+            # A graph cannot see whether the weight is as it was when eager code left this, and is
+            # not to look at what was left, which may have a graph behind it.
+            return self._compute(holder, weight, training=False)
+        repeats = recompute.is_repeating()
         if left is not None and left.is_of(weight):
             given = left.normalized
             recompute.record(self, given, holder.training)
-        elif recompute.is_repeating():
+        elif repeats:
             given = recompute.replay(self)
         if given is None:
-            return self._compute(holder, weight, training)
+            return self._compute(holder, weight, training, repeats)
         return self._settled(given, holder, weight)
 
     def drop(self) -> Left | None:
@@ -188,13 +173,15 @@ class Normalizer:
             return pending.pop(list(pending)[0])
         return pending.pop(this_thread(), None)
 
-    def _compute(self, holder: Any, weight: Tensor, training: bool) -> Tensor:
-        moves = training and not recompute.is_repeating()
-        state = self.state(holder, weight, moves, *self.vectors(holder))
+    def _compute(
+        self, holder: Any, weight: Tensor, training: bool, repeats: bool | None = None
+    ) -> Tensor:
+        if repeats is None:
+            repeats = recompute.is_repeating()
+        state = self.state(holder, weight, training and not repeats, *self.vectors(holder))
         work = Pass(self.call(holder, weight.shape), [weight], *state[:2], [state[2]])
-        normalized, snapshot = normalize(
-            (self, "own"), work, holder.training, lambda: self.moves_on(training)
-        )
+        first = (lambda: self.moves_on(training)) if repeats else None
+        normalized, snapshot = normalize((self, "own"), work, holder.training, first)
         if self.keeps_sigma:
             self.keep_sigma(holder, snapshot[-1])
         return normalized[0]
@@ -225,24 +212,23 @@ class Normalizer:
         """
         if self.was_meta and not modes.is_transformed():  # a transform brings its own
             self._settle(holder, weight, u, v)
-        n = 0
-        if self.may_move(training):
-            n = self.n_power_iterations
-            if self.policy == "step" and not self.has_changed(weight):
-                n = 0
+        n = self.n_power_iterations if training and self.moves_for(weight) else 0
         # A graph cannot look, and is not to be made anew for it: there it is as in torch.
         if not n and not modes.is_read_by_dynamo() and self.drawn is not None:
             if modes.is_eager() and self._are_drawn(u + v):
                 return [x.clone() for x in u], [x.clone() for x in v], WARM_UP
         return u, v, n
 
-    def may_move(self, training: bool) -> bool:
-        """Whether u and v move in a forward in this mode, as far as the user has said."""
-        return training and self.policy != "frozen" and not self.transient.frozen
+    def moves_for(self, weight: Tensor) -> bool:
+        """Whether u and v move in this forward in training mode."""
+        policy = self.policy
+        if policy == "frozen" or self.transient.frozen:
+            return False
+        return policy == "forward" or self.has_changed(weight)
 
     def moves_on(self, training: bool) -> bool:
         """Whether u and v may be others in the next forward of the same weight."""
-        return self.may_move(training) and self.policy == "forward"
+        return training and self.policy == "forward" and not self.transient.frozen
 
     def has_changed(self, weight: Tensor) -> bool:
         """Whether u and v are to move now, of policy "step"; says so once."""
@@ -306,15 +292,18 @@ class Normalizer:
             _write(vectors, drawn)
 
 
+# Whether u and v could have moved since the first forward, where it is repeated by this one.
+MovesOn = Callable[[], bool] | None
+
+
 def normalize(
-    owner: Any, work: Pass, training: bool, moves_on: Callable[[], bool]
+    owner: Any, work: Pass, training: bool, moves_on: MovesOn
 ) -> tuple[list[Tensor], Tensor]:
     """:func:`fastsn.engine.normalize`, where a forward that is repeated uses the first's snapshot.
 
     ``training``: whether it is one of training, whose u and v may be others when it is repeated.
-    ``moves_on``: whether u and v could have moved since a first forward of which nothing is known.
     """
-    snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
+    snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is not None:
         return engine.scale(work.call, work.weights, snapshot, work.dtype), snapshot
     normalized, snapshot = engine.normalize(work)
@@ -322,21 +311,23 @@ def normalize(
     return normalized, snapshot
 
 
-def iterate(owner: Any, work: Pass, training: bool, moves_on: Callable[[], bool]) -> Tensor:
+def iterate(owner: Any, work: Pass, training: bool, moves_on: MovesOn) -> Tensor:
     """The snapshot of :func:`normalize` alone, for weights that their layers scale later."""
-    snapshot = _snapshot_of_first(owner, moves_on) if recompute.is_repeating() else None
+    snapshot = _snapshot_of_first(owner, moves_on)
     if snapshot is None:
         snapshot = engine.iterate(work)
         recompute.record(owner, snapshot, training)
     return snapshot
 
 
-def _snapshot_of_first(owner: Any, moves_on: Callable[[], bool]) -> Tensor | None:
-    """That of the forward that is being repeated, or None where it needs none.
+def _snapshot_of_first(owner: Any, moves_on: MovesOn) -> Tensor | None:
+    """That of the forward that is being repeated, or None where none is or it needs none.
 
     Raises:
         RuntimeError: u and v may have moved since, and nothing is known of it.
     """
+    if moves_on is None:
+        return None
     snapshot = recompute.replay(owner, recompute.NOT_FOUND)
     if snapshot is not recompute.NOT_FOUND:
         return snapshot
@@ -370,7 +361,7 @@ def are_units(vectors: list[Tensor]) -> bool:
     return bool(((norms - 1).abs() < 1e-2).all())
 
 
-def is_usable(vector: Tensor) -> bool:
+def _is_usable(vector: Tensor) -> bool:
     """Whether the operators can work on it as it is, without rounding."""
     return type(vector) is Tensor and vector.element_size() >= 4
 
@@ -381,15 +372,12 @@ def vectors_in(buffers: dict[str, Any], name: str) -> tuple[list[Tensor], list[T
     The weight's type shall not round them, and sigma with them.
     """
     u, v = buffers[name + "_u"], buffers[name + "_v"]
-    second = name + "_u2"
-    if second not in buffers and is_usable(u) and is_usable(v):
+    if name + "_u2" not in buffers and _is_usable(u) and _is_usable(v):
         return [u], [v]
     names = [name + suffix for suffix in ("_u", "_v", "_u2", "_v2") if name + suffix in buffers]
     for own in names:
-        vector = buffers[own]
-        if not is_usable(vector):
-            vector = placements.plain(vector)  # distribute_module makes DTensors of buffers
-            wide = torch.promote_types(vector.dtype, torch.float32)
-            buffers[own] = vector.to(wide)
+        if not _is_usable(buffers[own]):
+            vector = placements.plain(buffers[own])  # distribute_module makes DTensors of buffers
+            buffers[own] = vector.to(torch.promote_types(vector.dtype, torch.float32))
     vectors = [buffers[own] for own in names]
     return vectors[::2], vectors[1::2]

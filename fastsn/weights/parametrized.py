@@ -126,12 +126,7 @@ class _SpectralNorm(Normalizer, TorchParametrization):
         return engine.constrain(weight, sigma, self.method)
 
     def vectors(self, holder: Any) -> tuple[list[Tensor], list[Tensor]]:
-        buffers = holder._buffers
-        if "_u2" not in buffers:
-            u, v = buffers["_u"], buffers["_v"]
-            if normalizer.is_usable(u) and normalizer.is_usable(v):
-                return [u], [v]
-        return normalizer.vectors_in(buffers, "")
+        return normalizer.vectors_in(holder._buffers, "")
 
     def source(self, module: Any, name: str) -> Tensor | None:
         lists = module._modules.get("parametrizations")

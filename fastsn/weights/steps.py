@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastsn import ops
 from fastsn.torch_internals import fsdp
 
 _done = 0
@@ -20,14 +21,7 @@ def _count(*_: Any) -> None:
 
 def state_of(weight: Tensor) -> tuple[int | None, int]:
     """What tells most changes of a weight: its version, and where it lies."""
-    try:
-        version = weight._version
-    except RuntimeError:  # made in inference mode
-        version = None
-    try:
-        return version, weight.data_ptr()
-    except RuntimeError:  # it has no memory of its own, or is one of a trace
-        return version, 0
+    return ops.states_of([weight])[0][:2]
 
 
 def stamp(weight: Tensor) -> object:

@@ -74,9 +74,8 @@ def patched_once():
         yield
 
 
-@pytest.fixture
-def variants():
-    """The kernels and constants that the tests of this file have launched so far."""
+@contextmanager
+def recording(runs: bool) -> Iterator[set[str]]:
     from fastsn.triton import operators
 
     seen = set()
@@ -84,10 +83,25 @@ def variants():
     def record(kernel, count, *args, **constants):
         if count:
             seen.add(name_of(kernel, constants))
-        launch(kernel, count, *args, **constants)
+        if runs:
+            launch(kernel, count, *args, **constants)
 
     launch = operators._launch
     with mock.patch.object(operators, "_launch", record):
+        yield seen
+
+
+@pytest.fixture
+def variants():
+    """The kernels and constants that a test has launched so far."""
+    with recording(runs=True) as seen:
+        yield seen
+
+
+@pytest.fixture
+def variants_only():
+    """The same, and they are not run: no number is what it should be."""
+    with recording(runs=False) as seen:
         yield seen
 
 

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastsn.triton import configs, operators, plan  # noqa: E402
 from fastsn.triton.cache import Cache  # noqa: E402
+from helpers.sweeps import LONG  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,6 +29,15 @@ TARGETS = {
 }
 VARIANTS = [*configs.variants(), *configs.mean_variants()]
 KERNELS = sorted({variant.kernel.__name__ for variant in VARIANTS})
+
+
+def variants_for(kernel: str, name: str) -> list[configs.Variant]:
+    """A long run compiles every variant for every target, any other each for one of them."""
+    own = [variant for variant in VARIANTS if variant.kernel.__name__ == kernel]
+    if LONG:
+        return own
+    place = list(TARGETS).index(name)
+    return own[place % len(own) :: len(TARGETS)]
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +79,10 @@ class TestCompile:
     __test__ = not fastsn.triton.is_interpreted()
 
     @pytest.mark.parametrize("kernel", KERNELS)
-    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-    def test_every_variant(self, target, kernel, tmp_path):
-        own = [variant for variant in VARIANTS if variant.kernel.__name__ == kernel]
-        for variant in own:
+    @pytest.mark.parametrize("name", TARGETS)
+    def test_every_variant(self, name, kernel, tmp_path):
+        target = TARGETS[name]
+        for variant in variants_for(kernel, name):
             binary = compiled(variant, target)
             assert binary.asm["hsaco" if target.backend == "hip" else "cubin"]
             # ptxas may put away a number or two so that more programs fit; never a part of a block.
