@@ -12,8 +12,6 @@ from pathlib import Path
 from benchmarks.gpu_runner import Step, status_judge
 from benchmarks.gpu_tools import find_tool
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-
 
 @dataclass(frozen=True)
 class Target:
@@ -27,6 +25,7 @@ class Target:
         shares: processes that run them side by side.
         selected, slow: ``-k`` for the tests, and for those that torch.compile makes slow.
         environment: of the tests.
+        tools: of compute-sanitizer.
         patience: by how much the limits of the steps are longer.
     """
 
@@ -50,6 +49,7 @@ class Target:
     selected: str = "not compiled and not reduce_overhead"
     slow: str = "compiled or reduce_overhead"
     environment: dict[str, str] = field(default_factory=dict)
+    tools: tuple[str, ...] = ("memcheck", "racecheck", "initcheck", "synccheck")
     patience: float = 1.0
 
 
@@ -68,6 +68,7 @@ REHEARSAL = Target(
     selected="two_forwards or once_per_step",
     slow="function_transforms",
     environment={"FASTSN_TEST_DEVICE": "cpu"},
+    tools=("memcheck", "racecheck"),
     patience=5.0,
 )
 
@@ -127,7 +128,7 @@ def plan(target: Target, out: Path, prebuilt: bool) -> Plan:
         timings("timings, launches overlapped", 50, *overlap, **pdl),
         test_steps(target, target.other, 150),
         timings("timings, back-ends", 90, f"backends {small}", f"backends {large}"),
-        [sanitizer_step(target, tool) for tool in TOOLS],
+        [sanitizer_step(target, tool) for tool in target.tools],
         timings("timings, the rest", 240, *target.rest),
         [test_step(target, "tests, compiled", target.own, 150, target.slow)],
     ]
