@@ -107,7 +107,7 @@ py::tuple state_of(const at::Tensor& weight) {
       weight.is_inference() ? py::none() : py::object(py::int_(weight._version()));
   uintptr_t place = 0;
   try {
-    place = reinterpret_cast<uintptr_t>(weight.data_ptr());
+    place = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
   } catch (const c10::Error&) {
   }
   return py::make_tuple(
@@ -138,7 +138,7 @@ bool is_plainly(PyObject* left, PyObject* item, const py::object& normalized) {
   }
   const at::Tensor& weight = THPVariable_Unpack(item);
   const at::Tensor& result = THPVariable_Unpack(normalized.ptr());
-  if (!fastsn::is_plain(weight) || weight.is_inference() || weight.data_ptr() == nullptr ||
+  if (!fastsn::is_plain(weight) || weight.is_inference() || weight.const_data_ptr() == nullptr ||
       result.scalar_type() != weight.scalar_type() ||
       result.requires_grad() != (at::GradMode::is_enabled() && weight.requires_grad())) {
     return false;
