@@ -122,7 +122,9 @@ def of_module(module: Any, path: str = "") -> Iterator[Weight]:
 def weights(model: nn.Module) -> Iterator[Weight]:
     """Those of a model, each once, in the order of its modules."""
     for prefix, module in model.named_modules():
-        yield from of_module(module, f"{prefix}." if prefix else "")
+        # Most modules have none of what any form needs.
+        if module._buffers or module._forward_pre_hooks or "parametrizations" in module._modules:
+            yield from of_module(module, f"{prefix}." if prefix else "")
 
 
 def is_groupable(weight: Weight) -> bool:

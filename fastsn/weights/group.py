@@ -77,10 +77,12 @@ def plan(weights: Iterable[Weight], low: torch.dtype | None = None) -> list[Batc
     """
     found: dict[tuple[Any, ...], list[tuple[Weight, Call]]] = {}
     for weight in weights:
-        call, original, norm = weight.call(), weight.original(), weight.norm
+        original, norm = weight.original(), weight.norm
+        call = norm.call(weight.holder, original.shape)
         kind = (original.device, layout.accumulate_type(original), placements.ranks_of(original))
-        casts = original.dtype == torch.float32 and norm.casts(weight.module, weight.tensor_name)
-        dtype = low if casts else None
+        dtype = None
+        if low is not None and original.dtype == torch.float32:
+            dtype = low if norm.casts(weight.module, weight.tensor_name) else None
         key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard, dtype)
         found.setdefault(key, []).append((weight, call))
     return [

@@ -150,7 +150,8 @@ class _SpectralNorm(Normalizer, TorchParametrization):
         return len(module.parametrizations[name]) == 1 and autocast.casts(module, name)
 
     def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
-        for later in list(module.parametrizations[name])[1:]:
+        norms = module._modules["parametrizations"]._modules[name]._modules
+        for later in list(norms.values())[1:]:
             weight = later(weight)
         return weight
 
