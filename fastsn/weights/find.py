@@ -45,14 +45,14 @@ class Weight(NamedTuple):
         """Whether nothing else has changed the weight before."""
         if self.form != "parametrization":
             return True
-        norms = _list(self)
+        norms = parametrized.all_of(self.module, self.tensor_name)
         return norms._modules["0"] is self.norm and norms.is_tensor
 
     def buffers(self) -> dict[str, Tensor]:
         """u, v and what else moves with them, by the names that they have in the model."""
         prefix, names = self.path, _VECTORS
         if self.form == "parametrization":
-            norms = _list(self)._modules.items()
+            norms = parametrized.all_of(self.module, self.tensor_name)._modules.items()
             index = next(i for i, norm in norms if norm is self.norm)
             prefix = f"{prefix}parametrizations.{self.tensor_name}.{index}."
         elif self.form == "biggan":
@@ -65,7 +65,7 @@ class Weight(NamedTuple):
     def original(self) -> Tensor:
         """The weight that is first normalized, as the layer has it now."""
         if self.form == "parametrization":
-            norms = _list(self)
+            norms = parametrized.all_of(self.module, self.tensor_name)
             original = norms._parameters.get("original")
             return norms.original if original is None else original
         suffix = "_orig" if self.form == "hook" else ""
@@ -94,12 +94,6 @@ class Weight(NamedTuple):
                 if not (is_group or type(hook) is hooked.SpectralNorm):
                     return None
         return weight
-
-
-# As an attribute of a module any of these is searched for at length.
-def _list(weight: Weight) -> Any:
-    """All parametrizations of a weight."""
-    return weight.module._modules["parametrizations"]._modules[weight.tensor_name]
 
 
 def of_module(module: Any, path: str = "") -> Iterator[Weight]:

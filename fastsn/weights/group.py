@@ -80,9 +80,8 @@ def plan(weights: Iterable[Weight], low: torch.dtype | None = None) -> list[Batc
         original, norm = weight.original(), weight.norm
         call = norm.call(weight.holder, original.shape)
         kind = (original.device, layout.accumulate_type(original), placements.ranks_of(original))
-        dtype = None
-        if low is not None and original.dtype == torch.float32:
-            dtype = low if norm.casts(weight.module, weight.tensor_name) else None
+        may_cast = low is not None and original.dtype == torch.float32
+        dtype = low if may_cast and norm.casts(weight.module, weight.tensor_name) else None
         key = (*kind, call.eps, call.v_first, call.bound, call.zero_guard, dtype)
         found.setdefault(key, []).append((weight, call))
     return [

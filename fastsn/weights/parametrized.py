@@ -23,6 +23,11 @@ def default_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _TRANSPOSED) else 0
 
 
+def all_of(module: Any, name: str) -> Any:
+    """All parametrizations of a weight, without the long search for an attribute of a module."""
+    return module._modules["parametrizations"]._modules[name]
+
+
 class _SpectralNorm(Normalizer, TorchParametrization):
     """The parametrization behind :func:`fastsn.parametrizations.spectral_norm`, to derive from.
 
@@ -147,11 +152,10 @@ class _SpectralNorm(Normalizer, TorchParametrization):
         return norms._buffers.get("original") if original is None else original
 
     def casts(self, module: Any, name: str) -> bool:
-        return len(module.parametrizations[name]) == 1 and autocast.casts(module, name)
+        return len(all_of(module, name)) == 1 and autocast.casts(module, name)
 
     def finish(self, module: Any, name: str, weight: Tensor) -> Tensor:
-        norms = module._modules["parametrizations"]._modules[name]._modules
-        for later in list(norms.values())[1:]:
+        for later in list(all_of(module, name))[1:]:
             weight = later(weight)
         return weight
 
