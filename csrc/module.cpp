@@ -99,19 +99,17 @@ std::vector<bool> present(
   return result;
 }
 
-// What tells most changes of a weight, and the modes that a normalized weight depends on: its
-// version (None of one made in inference mode), where it lies (0 where it has no memory of its
-// own), whether gradients are on, and inference mode.
+// What tells most changes of a weight: its version (None of one made in inference mode), and where
+// it lies (0 where it has no memory of its own).
 py::tuple state_of(const at::Tensor& weight) {
   const py::object version =
       weight.is_inference() ? py::none() : py::object(py::int_(weight._version()));
   uintptr_t place = 0;
   try {
-    place = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
+    place = reinterpret_cast<uintptr_t>(weight.data_ptr());
   } catch (const c10::Error&) {
   }
-  return py::make_tuple(
-      version, place, at::GradMode::is_enabled(), c10::InferenceMode::is_enabled());
+  return py::make_tuple(version, place);
 }
 
 py::list states_of(const py::list& weights) {
@@ -138,8 +136,9 @@ bool is_plainly(PyObject* left, PyObject* item, const py::object& normalized) {
   }
   const at::Tensor& weight = THPVariable_Unpack(item);
   const at::Tensor& result = THPVariable_Unpack(normalized.ptr());
-  if (!fastsn::is_plain(weight) || weight.is_inference() || weight.const_data_ptr() == nullptr ||
+  if (!fastsn::is_plain(weight) || weight.is_inference() || weight.data_ptr() == nullptr ||
       result.scalar_type() != weight.scalar_type() ||
+      (result.is_inference() && !c10::InferenceMode::is_enabled()) ||
       result.requires_grad() != (at::GradMode::is_enabled() && weight.requires_grad())) {
     return false;
   }

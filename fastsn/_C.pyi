@@ -44,18 +44,18 @@ def present(
     They are plain floating tensors on one device, of shapes that fit, with storages large enough.
     """
 
-def states_of(weights: list[Tensor]) -> list[tuple[int | None, int, bool, bool]]:
-    """What tells most changes of weights, and the modes that normalized weights depend on.
+def states_of(weights: list[Tensor]) -> list[tuple[int | None, int]]:
+    """What tells most changes of weights.
 
-    Of each its version (None if it was made in inference mode), where it lies (0 if it has no
-    memory of its own), whether gradients are on, and inference mode.
+    Of each its version (None if it was made in inference mode), and where it lies (0 if it has no
+    memory of its own).
     """
 
 def take(pending: dict[int, Any], weight: Tensor, training: bool) -> Tensor | None:
     """What a grouped call has left for this thread's read of a weight, which is no more left then.
 
     None where nothing is, or where it takes a longer look: the weight is not the one that it was
-    made of, or is in another state (``states_of``), the normalized weight is of another type, or
-    this may be the forward of a checkpoint.
+    made of, or is in another state (``states_of``), the normalized weight is of another type or
+    not of the present modes, or this may be the forward of a checkpoint.
     ``pending`` holds a ``fastsn.weights.normalizer.Left`` per thread.
     """

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastsn import engine, recompute
 from fastsn.engine import State
+from fastsn.torch_internals import modes
 from fastsn.weights import steps
 from fastsn.weights.normalizer import Normalizer
 
@@ -39,7 +40,7 @@ class BigGanNorm(Normalizer):
         self.prepare()
         # Of policy "step": v of the last iteration, and the u0 that it belongs to.
         self.v: Tensor | None = None
-        self.v_of: object = None
+        self.v_of: tuple[int | None, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BigGanNorm, (self.owner, self.is_folded), {"policy": self.policy}
@@ -66,9 +67,10 @@ class BigGanNorm(Normalizer):
         if training and self.moves_for(weight):
             self.v, self.v_of = (v[0] if self.policy == "step" else None), None
             return u, v, holder.num_itrs
-        # Also where the forward of a checkpoint is repeated.
-        if holder.training and self.v is not None and self.v_of == steps.state_of(holder.u0):
-            return u, [self.v], 0
+        # Also where the forward of a checkpoint is repeated. A graph cannot ask.
+        if holder.training and self.v is not None and not modes.is_read_by_dynamo():
+            if self.v_of == steps.state_of(holder.u0):
+                return u, [self.v], 0
         return [u[0].clone()], v, 1
 
     @torch.no_grad()
@@ -78,6 +80,8 @@ class BigGanNorm(Normalizer):
             holder.sv0.copy_(sigma)
             if self.v is not None and self.v_of is None:
                 self.v_of = steps.state_of(holder.u0)
+                if self.v_of[0] is None:  # then nothing tells whether u0 is still this one
+                    self.v = None
 
 
 def _replace(owner: Any) -> None:

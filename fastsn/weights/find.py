@@ -98,7 +98,8 @@ class Weight(NamedTuple):
 
 def of_module(module: Any, path: str = "") -> Iterator[Weight]:
     """The normalized weights of this very module."""
-    lists = module._modules.get("parametrizations")
+    children = module._modules  # of a scripted module no dictionary
+    lists = children["parametrizations"] if "parametrizations" in children else None
     if isinstance(lists, nn.ModuleDict):
         for name, norms in lists._modules.items():
             for norm in norms._modules.values():

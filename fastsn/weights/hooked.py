@@ -157,8 +157,9 @@ class SpectralNorm(Normalizer, TorchHook):
 
 
 def _set(module: nn.Module, name: str, weight: Tensor) -> None:
-    """setattr, but for the search that it makes before it does this with a plain attribute."""
-    if not modes.is_read_by_dynamo() and name in module.__dict__:
+    """setattr, but for the search that torch's makes before it does this with a plain attribute."""
+    is_torchs = type(module).__setattr__ is nn.Module.__setattr__
+    if is_torchs and not modes.is_read_by_dynamo() and name in module.__dict__:
         module.__dict__[name] = weight
     else:
         setattr(module, name, weight)

@@ -39,7 +39,7 @@ class Left:
         """Whether the weight to be read is the one that this is of, as it was."""
         if weight is not self.original:
             return self.original is None
-        return self.state is None or self.state[:2] == steps.state_of(weight)
+        return self.state is None or self.state == steps.state_of(weight)
 
 
 def left_of(results: list[Any], originals: list[Tensor]) -> list[Left]:
@@ -152,10 +152,12 @@ class Normalizer:
         """What a grouped call has left, now or in the forward that is repeated, or a new one."""
         left = self.drop() if self.transient.pending else None
         given: Any = None
-        if left is not None and left.state is not None and modes.is_read_by_dynamo():
+        if left is not None and left.state is not None:
             # A graph cannot see whether the weight is as it was when eager code left this, and is
-            # not to look at what was left, which may have a graph behind it.
-            return self._compute(holder, weight, training=False)
+            # not to look at what was left, which may have a graph behind it. Nor can anybody where
+            # the weight was made in inference mode.
+            if modes.is_read_by_dynamo() or left.state[0] is None:
+                return self._compute(holder, weight, training=False)
         repeats = recompute.is_repeating()
         if left is not None and left.is_of(weight):
             given = left.normalized

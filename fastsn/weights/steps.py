@@ -21,7 +21,7 @@ def _count(*_: Any) -> None:
 
 def state_of(weight: Tensor) -> tuple[int | None, int]:
     """What tells most changes of a weight: its version, and where it lies."""
-    return ops.states_of([weight])[0][:2]
+    return ops.states_of([weight])[0]
 
 
 def stamp(weight: Tensor) -> object:

@@ -572,3 +572,12 @@ def test_a_copy_can_be_accelerated_while_the_original_stays_torchs():
     for _ in range(2):
         torch.testing.assert_close(fast(x), original(x))
     torch.testing.assert_close(fast[0].weight, original[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_of_a_model():
+    normalized = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8))
+    model = fastsn.accelerate(nn.Sequential(normalized, torch.jit.script(nn.BatchNorm1d(8))))
+    fastsn.set_update_policy(model, "step")
+    assert list(fastsn.sigmas(model)) == list(fastsn.refresh(model)) == ["0.weight"]
+    assert model(torch.randn(3, 4)).shape == (3, 8)

@@ -337,3 +337,38 @@ def test_a_layer_that_does_more_than_normalize_is_left_alone(on_meta):
     torch.testing.assert_close(
         layer.eval()(x) - layer.bias, 3 * F.linear(x, Linear.W_(layer)), rtol=1e-9, atol=0
     )
+
+
+def resting(layer):
+    """W_ of this layer in eval mode by its own formula, from the u0 that it has."""
+    plain = Linear(layer.in_features, layer.out_features)
+    plain.load_state_dict(layer.state_dict())
+    return plain.eval().W_()
+
+
+@double
+@pytest.mark.parametrize("inference", [False, True])
+def test_v_that_was_kept_belongs_to_the_u_that_is_there(inference):
+    """Of policy "step"; a version tells that of most, and none that of inference mode."""
+    with torch.inference_mode(inference):
+        layer = Linear(5, 7)
+        model = fastsn.accelerate(nn.Sequential(layer))
+        fastsn.set_update_policy(model, "step")
+        x = torch.randn(2, 5)
+        model(x), model(x)
+        with torch.no_grad():
+            layer.u0.copy_(F.normalize(torch.randn(1, 7), eps=1e-12))
+        torch.testing.assert_close(model(x), F.linear(x, resting(layer), layer.bias))
+
+
+@double
+def test_compiled_and_frozen_after_policy_step():
+    layer = Linear(5, 7)
+    model = fastsn.accelerate(nn.Sequential(layer))
+    fastsn.set_update_policy(model, "step")
+    x = torch.randn(2, 5)
+    model(x)
+    expected = F.linear(x, resting(layer), layer.bias)
+    with fastsn.frozen(model):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)

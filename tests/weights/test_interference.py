@@ -65,11 +65,11 @@ CHANGES = {
 }
 
 
-def _replace(layer):
+def _replace(layer, by=lambda weight: weight.detach().roll(1, 0) * 3):
     holder, name = next(
         (m, n) for m in layer.modules() for n, p in m._parameters.items() if p is original(layer)
     )
-    holder._parameters[name] = nn.Parameter(original(layer).detach().roll(1, 0) * 3)
+    holder._parameters[name] = nn.Parameter(by(original(layer)))
 
 
 @double
@@ -98,6 +98,63 @@ def test_a_weight_that_changes_before_it_is_read(ours, theirs, change, where):
     weight = original(fast.b)
     used = weight / (u @ weight @ v)
     torch.testing.assert_close(seen[0][1], seen[0][0] @ used.T + fast.b.bias)
+
+
+def around_the_same_memory(net):
+    """Another parameter for the second layer, of the same version and place as the first one."""
+    _replace(net.b, torch.Tensor.detach)
+
+
+@double
+@each
+def test_gradients_reach_the_parameter_that_is_there(ours, theirs):
+    *models, x = pair(ours, theirs, around_the_same_memory)
+    found = []
+    for model in models:
+        model(x).sum().backward()
+        found.append(original(model.b).grad)
+    assert found[1] is not None
+    torch.testing.assert_close(*found)
+
+
+@double
+@each
+def test_inference_mode_ends_within_a_forward(ours, theirs):
+    class Ending(Net):
+        def forward(self, x):
+            x = torch.tanh(self.a(x))
+            with torch.inference_mode(False), torch.no_grad():
+                outputs = self.b(torch.ones(1, 6))
+                assert not self.b.weight.is_inference()
+            return outputs
+
+    model = fastsn.accelerate(Ending(ours)).eval()
+    model(torch.ones(4, 6))
+    expected = model(torch.ones(4, 6))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.ones(4, 6)), expected)
+
+
+@double
+@each
+def test_a_reentrant_checkpoint_of_frozen_weights_within_a_grouped_forward(ours, theirs):
+    class Part(Net):
+        def forward(self, x):
+            x = torch.tanh(self.a(x))
+            return checkpoint(self.b, x, use_reentrant=True) if self.between else self.b(x)
+
+    torch.manual_seed(3)
+    model = fastsn.accelerate(Part(ours)).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    plain.between = None
+    found = []
+    for own in (model, plain):
+        x = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_()
+        own(x).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+    for name, vector in model.named_buffers():  # which the repetition has not moved
+        torch.testing.assert_close(vector, plain.get_buffer(name))
 
 
 @double
@@ -476,3 +533,40 @@ def test_layers_of_biggans_kind_that_do_something_else_stay(own):
 
     with pytest.warns(UserWarning, match="no layer"):
         fastsn.accelerate(nn.Sequential(Other(6, 6)))
+
+
+@double
+def test_inference_weights_that_change_within_a_forward():
+    """They have no versions."""
+    with torch.inference_mode():
+        model = fastsn.accelerate(Net(FASTSN_PARAMETRIZED))
+        x = torch.randn(4, 6)
+        model(x)
+        model.eval().between = lambda net: original(net.b).copy_(original(net.b).flip(0) * 3)
+        outputs = model(x)
+        expected = model.b(torch.tanh(model.a(x)))
+    torch.testing.assert_close(outputs, expected)
+
+
+@double
+@pytest.mark.parametrize("normalize", [fastsn.spectral_norm, torch.nn.utils.spectral_norm])
+def test_a_class_that_keeps_what_is_made_of_its_weight(normalize):
+    class Packed(nn.Linear):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "weight":
+                object.__setattr__(self, "packed", 2 * value)
+
+        def forward(self, x):
+            return x @ self.packed.T
+
+    torch.manual_seed(3)
+    model = nn.Sequential(normalize(Packed(6, 6)))
+    plain = nn.Sequential(torch.nn.utils.spectral_norm(Packed(6, 6)))
+    plain.load_state_dict(model.state_dict())
+    fast = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    for own in (model, fastsn.accelerate(fast)):
+        twin = copy.deepcopy(plain)
+        for _ in range(3):
+            torch.testing.assert_close(own(x), twin(x))
