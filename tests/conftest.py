@@ -1,5 +1,7 @@
 """Fixtures of all tests."""
 
+import sys
+
 import pytest
 import torch
 
@@ -30,6 +32,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler_remembers():
+    """The compiler counts how often it has compiled a function, whoever's tests asked for it."""
+    yield
+    used = sys.modules.get("torch._dynamo.utils")
+    if used is not None and used.counters:
+        torch._dynamo.reset()
+        used.counters.clear()
 
 
 @pytest.fixture
